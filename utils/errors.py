@@ -1,0 +1,64 @@
+"""How a program ends: one clear line on stderr and a status that says why."""
+import contextlib
+import os
+import signal
+import sys
+
+
+class RunError(Exception):
+    """An end that is explained in one line; `exit_status` is the program's."""
+
+    exit_status = 1
+
+
+class UserError(RunError, ValueError):
+    """Bad input: what is wrong, where, and what would be right."""
+
+    exit_status = 2
+
+
+class DivergedError(RunError):
+    """The loss is no longer a finite number."""
+
+    exit_status = 3
+
+
+class WriteError(RunError, OSError):
+    """A file could not be written; whatever was there before is intact."""
+
+    exit_status = 4
+
+
+class StoppedError(RunError):
+    """A signal ended the run after it had saved its state. Status 128 + the signal's number, as a shell has it."""
+
+    def __init__(self, message, signum=signal.SIGINT):
+        super().__init__(message)
+        self.exit_status = 128 + signum
+
+
+@contextlib.contextmanager
+def as_user_error(where=""):
+    """Turns a `ValueError` with a message for the user (what `models/` raises) into a `UserError`."""
+    try:
+        yield
+    except RunError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
+
+
+def run_main(main, argv=None):
+    """Runs `main(argv)` and exits: errors that explain themselves become one line, others keep their traceback."""
+    program = os.path.basename(sys.argv[0])
+    rank = os.environ.get("RANK", "0")
+    prefix = program if rank == "0" else f"{program} (rank {rank})"
+    try:
+        status = main(argv)
+    except RunError as error:
+        print(f"{prefix}: error: {error}", file=sys.stderr)
+        status = error.exit_status
+    except KeyboardInterrupt:
+        print(f"{prefix}: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    sys.exit(status)
