@@ -9,7 +9,7 @@ GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 @pytest.fixture(scope="session")
 def golden():
-    """`golden(name)` loads the file NAME.pt of outputs of the original program; without the files the test skips."""
+    """`golden(name)` loads outputs of the original program; without the files the test skips."""
 
     def load(name):
         path = GOLDEN / f"{name}.pt"

@@ -1,1 +1,1 @@
-"""What is done with networks: options, data, training, analysis, figures. Imports point one way, in that order."""
+"""What is done with networks: options, data, training, analysis, figures; imports point back along this."""

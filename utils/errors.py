@@ -30,7 +30,7 @@ class WriteError(RunError, OSError):
 
 
 class StoppedError(RunError):
-    """A signal ended the run after it had saved its state. Status 128 + the signal's number, as a shell has it."""
+    """A signal ended the run, its state is saved. Status 128 + the signal's number, as a shell has it."""
 
     def __init__(self, message, signum=signal.SIGINT):
         super().__init__(message)
@@ -49,7 +49,7 @@ def as_user_error(where=""):
 
 
 def run_main(main, argv=None):
-    """Runs `main(argv)` and exits: errors that explain themselves become one line, others keep their traceback."""
+    """Runs `main(argv)` and exits; a RunError becomes one line, any other error keeps its traceback."""
     program = os.path.basename(sys.argv[0])
     rank = os.environ.get("RANK", "0")
     prefix = program if rank == "0" else f"{program} (rank {rank})"
