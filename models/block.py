@@ -1,0 +1,223 @@
+"""The block grammar: a list of module names becomes a module, e.g. ('Fw', 'Std', 'Pr', 'N')."""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from models.classifier import complex_to_real, real_to_complex
+from models.frame import Frame
+from models.nonlinearity import NonLinearity
+from models.projection import Projection
+from models.scattering import WaveletTransform, concatenate
+from models.standardization import Normalization, Standardization
+from models.wavelets import PLAIN
+
+MODULES = {
+    "Fw": "wavelet transform",
+    "mod": "pointwise non-linearity",
+    "rho": "skip connection [z, ρ(z)]",
+    "Std": "standardisation",
+    "P": "projection with weights of the input's type",
+    "Pr": "projection with real weights",
+    "Pc": "projection with complex weights",
+    "N": "division by the norm over channels",
+    "R": "complex to real",
+    "C": "real to complex",
+    "B": "two branches, concatenated",
+    "FrhoF": "learned frame around a non-linearity",
+    "id": "nothing",
+}
+PROJECTIONS = ("P", "Pr", "Pc")
+IDENTITY = "id"
+
+
+@dataclass(frozen=True, eq=False)
+class BlockConfig:
+    """Everything that defines one block but the type of its input. Architectures are tuples of names of MODULES."""
+
+    arch: tuple
+    phi_arch: tuple = ()
+    psi_arch: tuple = ()
+    linear_arch: tuple = ()
+    non_linear_arch: tuple = ()
+    left_arch: tuple = ()
+    right_arch: tuple = ()
+    angles: int = 4
+    full_angles: bool = False
+    scales_per_octave: int = 1
+    kind: str | int = PLAIN  # or 0, 1: the steps of a factorised octave
+    non_linearity: str = "mod"
+    non_linearity_bias: float | None = None
+    non_linearity_gain: float | None = None
+    non_linearity_learned: bool = False
+    homogeneous: bool = False
+    P_size: int | str | None = None  # a number of channels, "id", or None where the block has no such projection
+    Pr_size: int | str | None = None
+    Pc_size: int | str | None = None
+    remove_projection: bool = False
+    freeze_projection: bool = False
+    projection_basis: torch.Tensor | None = None
+    projection_eigenvalues: torch.Tensor | None = None
+    projection_initialization: torch.Tensor | None = None
+    orthogonal: bool = False
+    dictionary_size: int = 2048
+    dictionary_non_linearity: str = "relu"
+
+
+def check_names(arch):
+    """Raise ValueError for a name that is not in MODULES, with the nearest one that is."""
+    for name in arch:
+        if name not in MODULES:
+            near = difflib.get_close_matches(name, MODULES, 1, 0.3) or [
+                known for known in MODULES if known.lower() == name.lower()]
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown module {name!r}{hint} (known: {' '.join(MODULES)})")
+
+
+class Sequence(nn.Sequential):
+    """Modules one after another, each under its name in the grammar; `out` is the type of the last output."""
+
+    def __init__(self, names, signal, config):
+        super().__init__()
+        check_names(names)
+        for name in names:
+            if name in PROJECTIONS and config.remove_projection or name == "id":
+                continue
+            module = build_module(name, signal, config)
+            signal = module.out
+            key, count = name, 1
+            while hasattr(self, key):
+                count += 1
+                key = f"{name}_{count}"
+            self.add_module(key, module)
+        self.out = signal
+
+
+class RealImaginary(nn.Module):
+    """`R`: (B, C, M, N) complex -> (B, 2C, M, N) real, parts interleaved; `C` (`inverse`): the other way."""
+
+    def __init__(self, signal, inverse=False):
+        super().__init__()
+        if inverse:
+            if signal.complex or signal.channels % 2:
+                raise ValueError(f"'C' needs an even number of real channels, but its input has {signal}")
+            self.out = signal.with_(channels=signal.channels // 2, complex=True)
+        else:
+            if not signal.complex:
+                raise ValueError(f"'R' needs a complex input, but its input has {signal}")
+            self.out = signal.with_(channels=2 * signal.channels, complex=False)
+        self.inverse = inverse
+
+    def forward(self, x):
+        return real_to_complex(x) if self.inverse else complex_to_real(x)
+
+
+class Branches(nn.Module):
+    """(B, C, M, N) -> both branches' outputs, concatenated along channels; complex if either is."""
+
+    def __init__(self, left, right):
+        super().__init__()
+        self.left, self.right = left, right
+        if (left.out.height, left.out.width) != (right.out.height, right.out.width):
+            raise ValueError(f"two branches differ in size ({left.out} and {right.out}): they cannot be concatenated")
+        self.out = left.out.with_(channels=left.out.channels + right.out.channels,
+                                  complex=left.out.complex or right.out.complex)
+
+    def forward(self, x):
+        return concatenate(self.left(x), self.right(x))
+
+
+class SkipConnection(Branches):
+    """`rho`: z -> [linear(z), non_linear(ρ(z))]."""
+
+    def __init__(self, signal, config):
+        rho = build_module("mod", signal, config)
+        left = Sequence(config.linear_arch, signal, config)
+        super().__init__(left, Sequence(config.non_linear_arch, rho.out, config))
+        self.rho = rho
+
+    def forward(self, x):
+        return concatenate(self.left(x), self.right(self.rho(x)))
+
+
+def build_module(name, signal, config):
+    """The module called `name` in the grammar, for inputs of type `signal`; it has an attribute `out`, a Signal."""
+    if name == "Fw":
+        module = WaveletTransform(signal, config.angles, config.kind, config.scales_per_octave, config.full_angles)
+        phi = Sequence(config.phi_arch, module.phi_signal, config)
+        if module.number:
+            psi = Sequence(config.psi_arch, module.psi_signal, config)
+            module.attach(phi, phi.out, psi, psi.out)
+        else:
+            module.attach(phi, phi.out, nn.Identity(), phi.out)
+        return module
+    if name == "mod":
+        return NonLinearity(config.non_linearity, signal, config.non_linearity_bias, config.non_linearity_gain,
+                            config.non_linearity_learned)
+    if name in PROJECTIONS:
+        return _build_projection(name, signal, config)
+    builders = {
+        "rho": lambda: SkipConnection(signal, config),
+        "Std": lambda: Standardization(signal, config.homogeneous),
+        "N": lambda: Normalization(signal),
+        "R": lambda: RealImaginary(signal),
+        "C": lambda: RealImaginary(signal, inverse=True),
+        "B": lambda: Branches(Sequence(config.left_arch, signal, config), Sequence(config.right_arch, signal, config)),
+        "FrhoF": lambda: Frame(signal, config.dictionary_size, config.dictionary_non_linearity),
+    }
+    return builders[name]()
+
+
+def _build_projection(name, signal, config):
+    size = getattr(config, f"{name}_size")
+    if size is None:
+        flag = "--L-proj-size" if name == "P" else f"--{name}-size"
+        raise ValueError(f"the module {name!r} needs its number of channels ({flag})")
+    return Projection(
+        signal, None if size == IDENTITY else size,
+        is_complex=name == "Pc" or (name == "P" and signal.complex),
+        basis=config.projection_basis, eigenvalues=config.projection_eigenvalues,
+        initialization=config.projection_initialization, frozen=config.freeze_projection, orthogonal=config.orthogonal,
+    )
+
+
+class Block(nn.Module):
+    """One block: (B, C, M, N) -> (B, C', M', N'), each real or complex.
+
+    `P` is its projection and `std` its standardisation, each None if there is none at the block's top level. `features`
+    gives the projection's input, W_j's input in the paper's notation φ_{j-1}; `project` goes on from there.
+    """
+
+    def __init__(self, signal, config):
+        super().__init__()
+        self.signal = signal
+        self.body = Sequence(config.arch, signal, config)
+        self.out = self.body.out
+        stages = list(self.body)
+        projections = [index for index, stage in enumerate(stages) if isinstance(stage, Projection)]
+        self._cut = projections[0] if projections else len(stages)
+
+    @property
+    def P(self):
+        return self.body[self._cut] if self._cut < len(self.body) else None
+
+    @property
+    def std(self):
+        return next((stage for stage in self.body if isinstance(stage, Standardization)), None)
+
+    def features(self, x):
+        """(B, C, M, N) -> (B, D, M', N'), the input of the projection (the block's output if it has none)."""
+        for stage in list(self.body)[: self._cut]:
+            x = stage(x)
+        return x
+
+    def project(self, features):
+        """(B, D, M', N') -> the block's output (B, C', M', N'): the projection and what follows it."""
+        for stage in list(self.body)[self._cut :]:
+            features = stage(features)
+        return features
+
+    def forward(self, x):
+        return self.project(self.features(x))

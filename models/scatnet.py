@@ -1,0 +1,98 @@
+"""Learned scattering networks: blocks, then a classifier."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from models.block import Block, BlockConfig
+from models.classifier import Classifier
+from models.projection import Projection, apply_weight
+from models.signal import Signal
+
+RGB_TO_YUV = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))
+
+
+@dataclass(frozen=True, eq=False)
+class ScatNetConfig:
+    """Everything that defines a learned scattering network."""
+
+    input: Signal
+    num_classes: int
+    blocks: tuple[BlockConfig, ...]
+    classifier_batch_norm: str = "affine"  # or "std", "none"
+    classifier_bias: bool = True
+    average_pooling: bool = False
+    mix_input: bool = False
+    yuv: bool = False
+    regularization: str | None = None  # or "parseval", "quadrature"
+    beta: float = 0.01
+
+
+class MixInput(nn.Module):
+    """A 1×1 convolution of the input channels, learned, or fixed to RGB -> YUV; (B, C, M, N) -> same."""
+
+    def __init__(self, signal, yuv=False):
+        super().__init__()
+        if yuv and signal.channels != 3:
+            raise ValueError(f"--yuv needs 3 colour channels, but the images have {signal.channels}")
+        start = torch.tensor(RGB_TO_YUV) if yuv else torch.eye(signal.channels)
+        self.weight = nn.Parameter(start, requires_grad=not yuv)
+
+    def forward(self, x):
+        return apply_weight(self.weight, x)
+
+
+class ScatNet(nn.Module):
+    """(B, C, M, N) float images -> (B, classes) scores.
+
+    Raises:
+        ValueError: the blocks do not fit the images or one another; the message names the block.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.regularization, self.beta = config.regularization, config.beta
+        signal = config.input
+        self.mix = MixInput(signal, config.yuv) if config.mix_input or config.yuv else nn.Identity()
+        self.blocks = nn.ModuleList()
+        for index, block_config in enumerate(config.blocks, start=1):
+            try:
+                block = Block(signal, block_config)
+            except ValueError as error:
+                raise ValueError(f"block {index} of {len(config.blocks)}: {error}") from None
+            self.blocks.append(block)
+            signal = block.out
+        self.classifier = Classifier(signal, config.num_classes, config.classifier_batch_norm, config.classifier_bias,
+                                     config.average_pooling)
+
+    def forward(self, x):
+        x = self.mix(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(x)
+
+    def projections(self):
+        """All projections, in the order of the blocks."""
+        return [module for module in self.blocks.modules() if isinstance(module, Projection)]
+
+    def parameter_groups(self, weight_decay):
+        """Parameters for an optimiser: regularised projections have no weight decay."""
+        free = {id(p.weight) for p in self.projections()} if self.regularization else set()
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if id(p) not in free], "weight_decay": weight_decay},
+            {"params": [p for p in trained if id(p) in free], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def after_step(self):
+        """What follows every optimiser step: the chosen regularisation of the learned projections."""
+        if self.regularization is None:
+            return
+        for projection in self.projections():
+            if projection.weight.requires_grad:
+                if self.regularization == "parseval":
+                    projection.parseval_step(self.beta)
+                else:
+                    projection.quadrature_step(self.beta)
