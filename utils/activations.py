@@ -1,0 +1,373 @@
+"""Second moments of activations: any layers of any number of networks, in one streamed pass over the data.
+
+φ_{j-1} is the input of weight layer j (`utils/layers.py`); every position of every image is a sample of it. Moments are
+uncentred, E[φ_a φ_b^H] of shape (D_a, D_b): products of single-precision batches, added up in double precision. A
+network runs no further than the last layer wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoints import atomic_write
+from utils.errors import UserError
+from utils.layers import (
+    Layer,
+    check_finite,
+    device_of,
+    evaluating,
+    find_name,
+    first_images,
+    make_example,
+    weight_layers,
+)
+
+ROWS_AT_ONCE = 8192  # samples summed in single precision
+SMALL_MATRIX = 256  # channels below which half a symmetric product saves nothing
+
+
+def accumulation_device(device: torch.device) -> torch.device:
+    """Where double precision lives: the device itself, or the CPU where it has none (Apple's GPUs)."""
+    return torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+
+
+def gram(x: Tensor) -> Tensor:
+    """Xᵀ X̄ for samples X (n, D), with half the work: the blocks below the diagonal are copied. # (D, D)"""
+    size = x.shape[1]
+    if size <= SMALL_MATRIX:
+        return x.T @ x.conj()
+    left, right = x[:, : size // 2], x[:, size // 2 :]
+    corner = left.T @ right.conj()
+    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.mH, gram(right)], 1)])
+
+
+class ProductSum:
+    """Σ φ_a φ_b^H over the samples of both that are added, in double precision."""
+
+    def __init__(self):
+        self.total = None
+
+    def add(self, a: Tensor, b: Tensor | None = None) -> None:
+        """Samples (n, D_a) and (n, D_b); without b the symmetric product of a with itself."""
+        for start in range(0, len(a), ROWS_AT_ONCE):
+            rows = a[start : start + ROWS_AT_ONCE]
+            if b is None:
+                product = gram(rows)
+            else:
+                other = b[start : start + ROWS_AT_ONCE].conj()
+                dtype = torch.promote_types(rows.dtype, other.dtype)
+                product = rows.T.to(dtype) @ other.to(dtype)
+            if self.total is None:
+                dtype = torch.complex128 if product.is_complex() else torch.float64
+                self.total = torch.zeros(product.shape, dtype=dtype, device=accumulation_device(product.device))
+            self.total += product.to(self.total.device)
+
+
+class ChannelSums:
+    """Mean and variance of every channel over the samples that are added, merged batch by batch in double precision."""
+
+    def __init__(self):
+        self.count, self.mean, self.squares = 0, None, None
+
+    def add(self, x: Tensor) -> None:
+        """Samples (n, D), real or complex."""
+        count, device = len(x), accumulation_device(x.device)
+        mean = x.mean(0)
+        centred = x - mean
+        squares = (centred.real.square() + centred.imag.square() if x.is_complex() else centred.square()).sum(0)
+        mean = mean.to(device).to(torch.complex128 if x.is_complex() else torch.float64)
+        squares = squares.to(device).double()
+        if self.count == 0:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total = self.count + count
+        shift = mean - self.mean
+        self.squares += squares + shift.abs().square() * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
+
+    @property
+    def var(self) -> Tensor:
+        """E|φ - mean|², biased. # (D,) float64"""
+        return self.squares / self.count
+
+
+class Moments:
+    """Second moments of the layers of several networks; networks count from 0, layers go by position or name.
+
+    Made by `moments`. Matrices and vectors are float64, or complex128 where the activations are complex.
+    """
+
+    def __init__(self, names: Sequence[Sequence[str]]):
+        self.names = [list(layer_names) for layer_names in names]
+        self.arrays: dict[str, Tensor] = {}
+
+    def auto(self, network: int, layer: int | str) -> Tensor:
+        """E[φ φ^H]. # (D, D)"""
+        return self._get("auto", (network,), layer)
+
+    def cross(self, i: int, j: int, layer: int | str) -> Tensor:
+        """E[φ_i φ_j^H] of two networks. # (D_i, D_j)"""
+        if i == j and self._key("auto", (i,), layer) in self.arrays:
+            return self.auto(i, layer)
+        if self._key("cross", (i, j), layer) not in self.arrays:
+            return self._get("cross", (j, i), layer).mH
+        return self._get("cross", (i, j), layer)
+
+    def mean(self, network: int, layer: int | str) -> Tensor:
+        """E[φ]. # (D,)"""
+        return self._get("mean", (network,), layer)
+
+    def var(self, network: int, layer: int | str) -> Tensor:
+        """E|φ - E[φ]|² of every channel. # (D,)"""
+        return self._get("var", (network,), layer)
+
+    def energy(self, network: int, layer: int | str) -> float:
+        """E‖φ‖²."""
+        if self._key("var", (network,), layer) in self.arrays:
+            return (self.var(network, layer) + self.mean(network, layer).abs().square()).sum().item()
+        return self.auto(network, layer).diagonal().real.sum().item()
+
+    def count(self, network: int, layer: int | str) -> int:
+        """Number of samples: images times positions."""
+        return int(self._get("count", (network,), layer))
+
+    def position(self, layer: int | str) -> int:
+        """The number of a layer, from 0, given its name in the first network (or its number)."""
+        if isinstance(layer, int):
+            return range(len(self.names[0]))[layer]
+        return self.names[0].index(find_name(layer, self.names[0]))
+
+    def _key(self, kind, networks, layer):
+        return "_".join([kind, *map(str, networks), str(self.position(layer))])
+
+    def _get(self, kind, networks, layer):
+        key = self._key(kind, networks, layer)
+        if key not in self.arrays:
+            raise UserError(f"the {kind} moments of networks {networks} were not asked for when the data was read")
+        return self.arrays[key]
+
+
+def moments(networks: Sequence[nn.Module], layers=None, loader: Iterable = (), *, auto: bool = True,
+            cross: int | Sequence[tuple[int, int]] = (), patches: bool = False, means: bool = True,
+            device: torch.device | None = None, cache: Path | None = None, data_key: str | None = None) -> Moments:
+    """Second moments of the layers' inputs of several networks over the same data, in one pass.
+
+    networks: any modules. layers: names (or `Layer`s) that all networks have, a list of lists of them, one for each
+    network, or None for all weight layers; layer k of one network is compared with layer k of another. loader: yields
+    (images, labels) or images, (B, C, M, N). auto: E[φ φ^H] of every network and layer. cross: pairs (i, j) of
+    networks, or the number of one network to pair with every other. patches: samples are the D entries that a row of
+    W_j meets, instead of its C channels (for convolutions, and linear layers on flattened maps). means: also means and
+    variances of the channels. device: where to compute; the networks are moved there (default: where the first is).
+
+    cache: a folder for the result, under a key made of the weights, the data, the layers and the options, so that a
+    stale one is never used; data_key: a name for the data, unique; without it the images themselves are hashed.
+
+    Raises UserError for layers that are not there, weights or activations that are not finite, no data, or networks
+    that have different numbers of samples at a layer.
+    """
+    networks = list(networks)
+    device = device_of(networks[0]) if device is None else torch.device(device)
+    for network in networks:
+        network.to(device)
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise UserError("the data is empty: there is nothing to take moments of")
+    chosen = _resolve(networks, layers, make_example(networks[0], first_images(first)))
+    pairs = _pairs(cross, len(networks))
+    for each in chosen:
+        check_finite(each)
+    if cache is None:
+        return _stream(networks, chosen, itertools.chain([first], batches), auto, pairs, patches, means, device)
+    del batches
+    options = repr((auto, pairs, patches, means, [[layer.name for layer in each] for each in chosen]))
+    key = digest(networks, data_key if data_key is not None else data_digest(loader), options)
+    path = Path(cache) / f"moments-{key[:24]}.npz"
+    return _read(path, key, chosen, device) or _write(
+        path, key, _stream(networks, chosen, loader, auto, pairs, patches, means, device))
+
+
+def stream_inputs(network: nn.Module, layers: Sequence[Layer], images: Tensor,
+                  receive: Callable[[int, Tensor], None]) -> None:
+    """Runs the network until the input of every layer has been given to `receive(k, input)`, and no further.
+
+    Raises UserError if the forward pass ends before a layer was called.
+    """
+    waiting = dict.fromkeys(range(len(layers)))
+
+    def hook(k):
+        def before(module, args):
+            if k in waiting:
+                del waiting[k]
+                receive(k, args[0])
+                if not waiting:
+                    raise _Enough
+        return before
+
+    handles = [layer.module.register_forward_pre_hook(hook(k)) for k, layer in enumerate(layers)]
+    try:
+        network(images)
+    except _Enough:
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+    if waiting:
+        raise UserError(f"layer {layers[next(iter(waiting))].name} was not called in the forward pass")
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose last wanted layer has been reached."""
+
+
+def digest(networks: Sequence[nn.Module], *texts: str) -> str:
+    """A hexadecimal key of networks, their architecture and every parameter and buffer, and of any texts."""
+    key = hashlib.blake2b(digest_size=32)
+    for text in texts:
+        key.update(f"{len(text)}:{text}".encode())
+    for network in networks:
+        key.update(repr(network).encode())
+        for name, tensor in network.state_dict().items():
+            key.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            _update(key, tensor)
+    return key.hexdigest()
+
+
+def data_digest(loader: Iterable) -> str:
+    """A hexadecimal key of all images that a loader yields, in order."""
+    key = hashlib.blake2b(digest_size=32)
+    for batch in loader:
+        images = first_images(batch)
+        key.update(f"{tuple(images.shape[1:])}{images.dtype}".encode())
+        _update(key, images)
+    return key.hexdigest()
+
+
+def _update(key, tensor):
+    tensor = tensor.detach().cpu().contiguous().resolve_conj()
+    key.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+
+
+def _resolve(networks, layers, example):
+    """A list of `Layer`s for each network, the same number for all."""
+    if layers is None:
+        chosen = [weight_layers(network, example) for network in networks]
+    else:
+        layers = list(layers)
+        nested = bool(layers) and isinstance(layers[0], (list, tuple))
+        if nested and len(layers) != len(networks):
+            raise UserError(f"layers are given for {len(layers)} networks, but there are {len(networks)}")
+        each = layers if nested else [layers] * len(networks)
+        chosen = [weight_layers(network, example, [getattr(layer, "name", layer) for layer in names])
+                  for network, names in zip(networks, each)]
+    numbers = [len(each) for each in chosen]
+    if not numbers[0]:
+        raise UserError("no layer is asked for: name at least one")
+    if len(set(numbers)) > 1:
+        raise UserError(f"the networks have different numbers of layers ({', '.join(map(str, numbers))}): "
+                        "name those to compare")
+    return chosen
+
+
+def _pairs(cross, count):
+    if isinstance(cross, int):
+        cross = [(cross, other) for other in range(count) if other != cross]
+    pairs = [tuple(pair) for pair in cross]
+    for pair in pairs:
+        if not all(0 <= network < count for network in pair):
+            raise UserError(f"there is no pair {pair} among {count} networks, which count from 0")
+    return pairs
+
+
+class _Stream:
+    """The sums of one pass; each batch goes through the networks in turn, and a pair is done with its second one."""
+
+    def __init__(self, networks, layers, auto, pairs, patches, means):
+        self.networks, self.layers, self.patches = networks, layers, patches
+        numbers = range(len(layers[0]))
+        everywhere = [(i, k) for i in range(len(networks)) for k in numbers]
+        self.counts = dict.fromkeys(everywhere, 0)
+        self.auto = {place: ProductSum() for place in everywhere} if auto else {}
+        self.channels = {place: ChannelSums() for place in everywhere} if means else {}
+        self.cross = {(*pair, k): ProductSum() for pair in pairs for k in numbers}
+        self.partners = {i: [pair for pair in pairs if i == max(pair)] for i in range(len(networks))}
+        self.last_use = {i: max([max(pair) for pair in pairs if i in pair], default=-1) for i in range(len(networks))}
+        self.held = {}
+
+    def add(self, images):
+        for i, network in enumerate(self.networks):
+            stream_inputs(network, self.layers[i], images, lambda k, x, i=i: self._receive(i, k, x))
+            for place in [place for place in self.held if self.last_use[place[0]] <= i]:
+                del self.held[place]
+
+    def _receive(self, i, k, x):
+        samples = self.layers[i][k].samples(x.detach(), self.patches)
+        self.counts[i, k] += len(samples)
+        if self.channels:
+            self.channels[i, k].add(samples)
+        if self.auto:
+            self.auto[i, k].add(samples)
+        if self.last_use[i] >= i:
+            self.held[i, k] = samples.clone() if samples.data_ptr() == x.data_ptr() else samples
+        for pair in self.partners[i]:
+            a, b = self.held[pair[0], k], self.held[pair[1], k]
+            if len(a) != len(b):
+                names = [self.layers[n][k].name for n in pair]
+                raise UserError(f"networks {pair[0]} and {pair[1]} have {len(a)} and {len(b)} samples of the same "
+                                f"images at their layers {names[0]} and {names[1]}: their feature maps differ in size")
+            self.cross[(*pair, k)].add(a, b)
+
+    def finish(self):
+        result = Moments([[layer.name for layer in each] for each in self.layers])
+        for (i, k), count in self.counts.items():
+            result.arrays[f"count_{i}_{k}"] = torch.tensor(count)
+        for (i, k), total in self.auto.items():
+            result.arrays[f"auto_{i}_{k}"] = total.total / self.counts[i, k]
+        for (i, j, k), total in self.cross.items():
+            result.arrays[f"cross_{i}_{j}_{k}"] = total.total / self.counts[i, k]
+        for (i, k), sums in self.channels.items():
+            result.arrays[f"mean_{i}_{k}"], result.arrays[f"var_{i}_{k}"] = sums.mean, sums.var
+        for key, array in result.arrays.items():
+            if not torch.isfinite(torch.view_as_real(array) if array.is_complex() else array).all():
+                i, k = (int(part) for part in key.split("_")[1::len(key.split("_")) - 2])
+                raise UserError(f"activations at layer {self.layers[i][k].name} are not finite (NaN or infinite)")
+        return result
+
+
+def _stream(networks, layers, loader, auto, pairs, patches, means, device):
+    stream = _Stream(networks, layers, auto, pairs, patches, means)
+    with evaluating(*networks):
+        for batch in loader:
+            stream.add(first_images(batch).to(device, non_blocking=True))
+    return stream.finish()
+
+
+def _write(path, key, result):
+    """Saves moments as numpy arrays, atomically; returns them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: array.cpu().resolve_conj().numpy() for name, array in result.arrays.items()}
+    atomic_write(path, lambda file: np.savez(file, key=np.array(key), **arrays))
+    return result
+
+
+def _read(path, key, layers, device):
+    """Moments saved under the key; None where there are none, or a damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    if str(arrays.pop("key", "")) != key:
+        return None
+    result = Moments([[layer.name for layer in each] for each in layers])
+    result.arrays = {name: torch.from_numpy(array).to(accumulation_device(device)) for name, array in arrays.items()}
+    return result
