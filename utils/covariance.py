@@ -118,7 +118,7 @@ class WeightCovariance:
         return torch.linalg.vector_norm(self.coordinates(weights), dim=0)
 
     def whitened_coordinates(self, weights: Tensor) -> Tensor:
-        """W e_r / √λ_r along the `rank` directions of positive variance: N(0, 1) where W is Gaussian. # (N, rank)"""
+        """W e_r / √λ_r along the directions of positive variance: N(0, 1) for Gaussian W. # (N, rank)"""
         rank = self.rank
         return self.coordinates(weights)[:, :rank] / self.eigenvalues[:rank].sqrt()
 
@@ -184,7 +184,8 @@ def complete_basis(vectors: Tensor) -> Tensor:
 
 def random_basis(dimension: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
     """Eigenvectors of the covariance of a Gaussian (D, D) matrix: a uniformly random basis. # (D, D)"""
-    return WeightCovariance.fit(torch.randn(dimension, dimension, dtype=dtype, generator=generator)).eigenvectors
+    rows = torch.randn(dimension, dimension, dtype=dtype, generator=generator)
+    return WeightCovariance.fit(rows).eigenvectors
 
 
 def amplification(later: Tensor, first: Tensor, covariance: WeightCovariance) -> Tensor:
@@ -209,7 +210,7 @@ def _checked_rows(weights: Tensor, dimension: int | None) -> Tensor:
     if weights.ndim != 2 or 0 in weights.shape:
         raise UserError(f"weights are a matrix of neurons by channels, got the shape {tuple(weights.shape)}")
     if dimension is not None and weights.shape[1] != dimension:
-        raise UserError(f"weights have {weights.shape[1]} channels where {dimension} are due: align them first")
+        raise UserError(f"weights of {weights.shape[1]} channels where {dimension} are due: align them first")
     if not torch.isfinite(torch.view_as_real(weights) if weights.is_complex() else weights).all():
         raise UserError(f"the weights of shape {tuple(weights.shape)} hold values that are not finite")
     return to_double(weights)
