@@ -8,9 +8,8 @@ network runs no further than the last layer wanted.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +105,9 @@ class Moments:
     Made by `moments`. Matrices and vectors are float64, or complex128 where the activations are complex.
     """
 
-    def __init__(self, names: Sequence[Sequence[str]]):
-        self.names = [list(layer_names) for layer_names in names]
+    def __init__(self, layers: Sequence[Sequence[Layer]]):
+        self.names = [[layer.name for layer in each] for each in layers]
+        self.complex_weights = [any(layer.is_complex for layer in place) for place in zip(*layers)]
         self.arrays: dict[str, Tensor] = {}
 
     def auto(self, network: int, layer: int | str) -> Tensor:
@@ -156,7 +156,7 @@ class Moments:
         return self.arrays[key]
 
 
-def moments(networks: Sequence[nn.Module], layers=None, loader: Iterable = (), *, auto: bool = True,
+def moments(networks: Sequence[nn.Module], layers, loader: Iterable, *, auto: bool = True,
             cross: int | Sequence[tuple[int, int]] = (), patches: bool = False, means: bool = True,
             device: torch.device | None = None, cache: Path | None = None, data_key: str | None = None) -> Moments:
     """Second moments of the layers' inputs of several networks over the same data, in one pass.
@@ -175,25 +175,19 @@ def moments(networks: Sequence[nn.Module], layers=None, loader: Iterable = (), *
     that have different numbers of samples at a layer.
     """
     networks = list(networks)
-    device = device_of(networks[0]) if device is None else torch.device(device)
-    for network in networks:
-        network.to(device)
-    batches = iter(loader)
-    first = next(batches, None)
-    if first is None:
-        raise UserError("the data is empty: there is nothing to take moments of")
-    chosen = _resolve(networks, layers, make_example(networks[0], first_images(first)))
+    chosen, device = resolve_layers(networks, layers, loader, device)
     pairs = _pairs(cross, len(networks))
     for each in chosen:
         check_finite(each)
     if cache is None:
-        return _stream(networks, chosen, itertools.chain([first], batches), auto, pairs, patches, means, device)
-    del batches
+        return _stream(networks, chosen, loader, auto, pairs, patches, means, device)
     options = repr((auto, pairs, patches, means, [[layer.name for layer in each] for each in chosen]))
     key = digest(networks, data_key if data_key is not None else data_digest(loader), options)
     path = Path(cache) / f"moments-{key[:24]}.npz"
-    return _read(path, key, chosen, device) or _write(
-        path, key, _stream(networks, chosen, loader, auto, pairs, patches, means, device))
+    known = _read(path, key, chosen, device)
+    if known is not None:
+        return known
+    return _write(path, key, _stream(networks, chosen, loader, auto, pairs, patches, means, device))
 
 
 def stream_inputs(network: nn.Module, layers: Sequence[Layer], images: Tensor,
@@ -257,25 +251,43 @@ def _update(key, tensor):
     key.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
 
 
-def _resolve(networks, layers, example):
-    """A list of `Layer`s for each network, the same number for all."""
-    if layers is None:
-        chosen = [weight_layers(network, example) for network in networks]
-    else:
-        layers = list(layers)
-        nested = bool(layers) and isinstance(layers[0], (list, tuple))
-        if nested and len(layers) != len(networks):
-            raise UserError(f"layers are given for {len(layers)} networks, but there are {len(networks)}")
-        each = layers if nested else [layers] * len(networks)
-        chosen = [weight_layers(network, example, [getattr(layer, "name", layer) for layer in names])
-                  for network, names in zip(networks, each)]
+def resolve_layers(networks: Sequence[nn.Module], layers, loader: Iterable,
+                   device: torch.device | None = None) -> tuple[list[list[Layer]], torch.device]:
+    """A list of `Layer`s for each network, the same number for all, and the device where the networks now are.
+
+    Arguments and errors as for `moments`; one batch is read from the loader.
+    """
+    device = device_of(networks[0]) if device is None else torch.device(device)
+    for network in networks:
+        network.to(device)
+    if isinstance(loader, Iterator):
+        raise UserError("the data can be read only once: give a loader or a list of batches, not an iterator")
+    first = next(iter(loader), None)
+    if first is None:
+        raise UserError("the data is empty: there is nothing to take moments of")
+    example = make_example(networks[0], first_images(first))
+    names = _names_for_each(layers, len(networks))
+    chosen = [weight_layers(network, example, each) for network, each in zip(networks, names)]
     numbers = [len(each) for each in chosen]
     if not numbers[0]:
         raise UserError("no layer is asked for: name at least one")
     if len(set(numbers)) > 1:
         raise UserError(f"the networks have different numbers of layers ({', '.join(map(str, numbers))}): "
                         "name those to compare")
-    return chosen
+    for each in chosen:
+        check_finite(each)
+    return chosen, device
+
+
+def _names_for_each(layers, count):
+    if layers is None:
+        return [None] * count
+    layers = list(layers)
+    nested = bool(layers) and isinstance(layers[0], (list, tuple))
+    if nested and len(layers) != count:
+        raise UserError(f"layers are given for {len(layers)} networks, but there are {count}")
+    each = layers if nested else [layers] * count
+    return [[getattr(layer, "name", layer) for layer in names] for names in each]
 
 
 def _pairs(cross, count):
@@ -327,7 +339,7 @@ class _Stream:
             self.cross[(*pair, k)].add(a, b)
 
     def finish(self):
-        result = Moments([[layer.name for layer in each] for each in self.layers])
+        result = Moments(self.layers)
         for (i, k), count in self.counts.items():
             result.arrays[f"count_{i}_{k}"] = torch.tensor(count)
         for (i, k), total in self.auto.items():
@@ -368,6 +380,6 @@ def _read(path, key, layers, device):
         return None
     if str(arrays.pop("key", "")) != key:
         return None
-    result = Moments([[layer.name for layer in each] for each in layers])
+    result = Moments(layers)
     result.arrays = {name: torch.from_numpy(array).to(accumulation_device(device)) for name, array in arrays.items()}
     return result

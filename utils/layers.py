@@ -178,8 +178,8 @@ def make_example(model: nn.Module, example_or_loader=None) -> Tensor | None:
     if example_or_loader is None:
         if not isinstance(model, ScatNet):
             return None
-        signal = model.blocks[0].signal
-        example = torch.rand(2, signal.channels, signal.height, signal.width, generator=torch.Generator().manual_seed(0))
+        signal, generator = model.blocks[0].signal, torch.Generator().manual_seed(0)
+        example = torch.rand(2, signal.channels, signal.height, signal.width, generator=generator)
     elif isinstance(example_or_loader, Tensor):
         example = example_or_loader
     else:
@@ -202,7 +202,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Within: no gradients, every module in evaluation mode and none that overwrites its input; afterwards as before."""
+    """Within: no gradients, all modules in evaluation mode and none overwriting its input; afterwards as before."""
     modules = [module for model in models for module in model.modules()]
     training = [module.training for module in modules]
     in_place = [module for module in modules if getattr(module, "inplace", False) is True]
