@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.classifier import complex_to_real, real_to_complex
+from models.fast import fused
 from models.frame import Frame
 from models.nonlinearity import NonLinearity
 from models.projection import Projection
@@ -188,6 +189,10 @@ class Block(nn.Module):
 
     `P` is its projection and `std` its standardisation, each None if there is none at the block's top level. `features`
     gives the projection's input, W_j's input in the paper's notation φ_{j-1}; `project` goes on from there.
+
+    The blocks of the paper run as one operation (`models.fast`). They run module by module where `fast` is set to
+    False, where the projection or the standardisation carries hooks (which then see their true inputs and outputs),
+    and for numbers other than float32.
     """
 
     def __init__(self, signal, config):
@@ -198,6 +203,8 @@ class Block(nn.Module):
         stages = list(self.body)
         projections = [index for index, stage in enumerate(stages) if isinstance(stage, Projection)]
         self._cut = projections[0] if projections else len(stages)
+        self._fused = fused(signal, stages)
+        self.fast = True
 
     @property
     def P(self):
@@ -209,7 +216,11 @@ class Block(nn.Module):
 
     def features(self, x):
         """(B, C, M, N) -> (B, D, M', N'), the input of the projection (the block's output if it has none)."""
-        for stage in list(self.body)[: self._cut]:
+        stages = list(self.body)[: self._cut]
+        if self._can_fuse(x) and not torch.is_grad_enabled():
+            x = self._fused.features(x)
+            stages = [stage for stage in stages if isinstance(stage, Standardization)]
+        for stage in stages:
             x = stage(x)
         return x
 
@@ -220,4 +231,13 @@ class Block(nn.Module):
         return features
 
     def forward(self, x):
+        if self._can_fuse(x) and not self._hooked():
+            return self._fused(x, self.P.weight, self.std)
         return self.project(self.features(x))
+
+    def _can_fuse(self, x):
+        return self._fused is not None and self.fast and x.dtype in (torch.float, torch.cfloat)
+
+    def _hooked(self):
+        return any(module is not None and (module._forward_hooks or module._forward_pre_hooks)
+                   for module in (self.P, self.std))
