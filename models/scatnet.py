@@ -52,6 +52,7 @@ class ScatNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.regularization, self.beta = config.regularization, config.beta
         signal = config.input
         self.mix = MixInput(signal, config.yuv) if config.mix_input or config.yuv else nn.Identity()
