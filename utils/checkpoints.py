@@ -23,6 +23,8 @@ from models.signal import Signal
 from utils import options
 from utils.errors import UserError, WriteError, as_user_error
 
+RECORDS = ("args.json", "metrics.csv", "log.txt", "status.json")
+
 
 def atomic_write(path, write, previous=None):
     """Calls `write(file)` on a binary file beside `path`, then renames it to `path`, what was there to `previous`.
@@ -195,6 +197,39 @@ class RunFolder:
         for file in self.path.glob(".*.tmp"):
             if not file.name.startswith(".lock."):
                 file.unlink(missing_ok=True)
+
+    def clear(self):
+        """Removes what a run has left. Only for the holder of the folder's lock."""
+        for file in [*self.path.glob("*.pt"), *(self.path / name for name in RECORDS)]:
+            file.unlink(missing_ok=True)
+
+    def recover(self):
+        """Puts previous.pt in the place of a missing or damaged last.pt, and says so on stderr. Only for the holder.
+
+        Raises UserError where neither can be read.
+        """
+        last, previous = self.file("last"), self.file("previous")
+        if not last.exists():
+            os.replace(previous, last)
+            return
+        try:
+            load(last)
+        except UserError as error:
+            if not previous.exists():
+                raise
+            load(previous)
+            print(f"WARNING: {error}; going on from {previous}", file=sys.stderr)
+            os.replace(previous, last)
+
+
+def find_checkpoint(name, root):
+    """The file of a checkpoint given as a file or a run's folder, as it is or under `root`. Raises UserError."""
+    for path in (Path(name), Path(root) / name):
+        if path.is_dir() and (path / "last.pt").is_file():
+            return path / "last.pt"
+        if path.is_file():
+            return path
+    raise UserError(f"--resume {name}: no such checkpoint, neither there nor in {root}")
 
 
 def restored_args(values, source):

@@ -218,6 +218,8 @@ def _add_data_options(top):
     group.add_argument("--classes-subset", type=interval, metavar="START:STOP[:STEP]", help="only these classes")
     group.add_argument("--resize-images", type=positive_int, metavar="SIZE", help="images of SIZE × SIZE")
     group.add_argument("--randomize-labels", type=natural, metavar="SEED", help="random labels for training")
+    group.add_argument("--bad-images", choices=("error", "skip"), default="error",
+                       help="what to do about ImageNet's files that are no readable image (default error)")
     group.add_argument("-j", "--workers", type=natural, default=4, metavar="N",
                        help="processes that read ImageNet (default 4)")
 
@@ -249,10 +251,8 @@ def _add_run_options(top):
     group.add_argument("--resume", metavar="FILE",
                        help="start from this checkpoint (a file or a run, also of --checkpoints; the original's too)")
     group.add_argument("--restart", action="store_true", help="of --resume take the weights only")
-    exclusive = group.add_mutually_exclusive_group()
-    exclusive.add_argument("--auto-resume", action="store_true",
-                           help="go on with the run in --dir where it stopped; start it if there is none")
-    exclusive.add_argument("--overwrite", action="store_true", help="start the run in --dir anew")
+    group.add_argument("--overwrite", action="store_true",
+                       help="start the run in --dir anew (without: go on where it stopped)")
     group.add_argument("-e", "--evaluate", action="store_true", help="validate (--resume FILE or --dir), do not train")
     group.add_argument("-p", "--print-freq", type=positive_int, default=100, metavar="STEPS",
                        help="steps between two lines of progress (default 100)")
@@ -276,8 +276,6 @@ def parse(argv=None, environ=os.environ):
         setattr(args, dest, _in_full(dest, getattr(args, dest), default, args.n_blocks))
     if args.restart and not args.resume:
         raise UserError("--restart takes the weights of --resume FILE, which is missing")
-    if args.auto_resume and not args.dir:
-        raise UserError("--auto-resume needs the name of the run, --dir NAME")
     if args.evaluate and not (args.resume or args.dir):
         raise UserError("--evaluate needs a checkpoint, --resume FILE, or a run, --dir NAME")
     task = environ.get("SLURM_ARRAY_TASK_ID", "")

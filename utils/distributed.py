@@ -1,0 +1,94 @@
+"""Training with several processes, started by torchrun; one process alone is the case of one rank."""
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+from utils.device import pick_device
+from utils.errors import UserError
+
+
+class World:
+    """The processes of this training. `rank`: this one's number, `size`: how many; `device`: this one's."""
+
+    def __init__(self, device, rank=0, size=1):
+        self.device, self.rank, self.size = device, rank, size
+
+    @property
+    def is_main(self):
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """The sum of a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """Whether the flag is set on any rank. A meeting of all ranks."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    def from_main(self, value):
+        """The main rank's value, a plain object, on all ranks. A meeting of all ranks."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def leave(self):
+        """Ends the group of processes."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join(device_name, environ=os.environ):
+    """The `World` of this process: of torchrun's processes if it is one of them, otherwise alone.
+
+    Raises UserError where the device is absent or there are fewer GPUs than processes.
+    """
+    size = int(environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name)
+    if size == 1:
+        return World(device)
+    local_rank = int(environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{size} processes, but this machine has {torch.cuda.device_count()} GPU(s)")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"--device {device_name}: several processes need cuda or cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(device, dist.get_rank(), size)
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm with the statistics of the batches of all ranks together, on any device."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        parts = torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])])  # (C + 1,)
+        parts = all_reduce(parts)
+        count, mean = parts[-1].detach(), parts[:-1] / parts[-1]
+        centred = x - mean[:, None, None]
+        var = all_reduce((centred**2).sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
+        x = centred * torch.rsqrt(var + self.eps)[:, None, None]
+        return x if self.weight is None else x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def share_batch_norm(network):
+    """Makes every batch norm of the network use the statistics of all ranks together."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SharedBatchNorm2d
