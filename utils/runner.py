@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from utils.errors import StoppedError
+from utils.errors import DivergedError, StoppedError, UserError, WriteError
 from utils.progress import Clock, duration, read_state, remaining, work
 
+MEANINGS = {UserError: "bad input", DivergedError: "it diverged", WriteError: "a file could not be written"}
 PATIENCE = 30
 TAIL = 15
 
@@ -251,7 +252,7 @@ class Runner:
         left = 0
         for experiment in [*self.waiting, *(run.experiment for run in self.running)]:
             left += remaining(experiment, read_state(self.settings.root, experiment))
-        foretold = self.clock.foretell(left)
+        foretold = self.clock.foretell(left) if left else None
         spent = duration(time.monotonic() - self.started)
         if foretold is None:
             return f"; {spent} so far"
@@ -295,7 +296,8 @@ def _reason(status, state):
         return f"killed by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
     if status == 0:
         return f"it ended well but its folder says {state.name!r}"
-    return f"exit status {status}"
+    known = {error.exit_status: word for error, word in MEANINGS.items()}
+    return f"exit status {status}" + (f" ({known[status]})" if status in known else "")
 
 
 def _tail(log, start):
