@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.classifier import complex_to_real, real_to_complex
-from models.fast import fused
+from models.fast import from_planar, fused, to_planar
 from models.frame import Frame
 from models.nonlinearity import NonLinearity
 from models.projection import Projection
@@ -217,7 +217,7 @@ class Block(nn.Module):
     def features(self, x):
         """(B, C, M, N) -> (B, D, M', N'), the input of the projection (the block's output if it has none)."""
         stages = list(self.body)[: self._cut]
-        if self._can_fuse(x) and not torch.is_grad_enabled():
+        if self._can_fuse(x.dtype) and not torch.is_grad_enabled():
             x = self._fused.features(x)
             stages = [stage for stage in stages if isinstance(stage, Standardization)]
         for stage in stages:
@@ -231,13 +231,19 @@ class Block(nn.Module):
         return features
 
     def forward(self, x):
-        if self._can_fuse(x) and not self._hooked():
-            return self._fused(x, self.P.weight, self.std)
+        if self.runs_fused(x.dtype):
+            return from_planar(self.forward_planar(to_planar(x)), 2 if self.out.complex else 1)
         return self.project(self.features(x))
 
-    def _can_fuse(self, x):
-        return self._fused is not None and self.fast and x.dtype in (torch.float, torch.cfloat)
+    def forward_planar(self, x):
+        """`forward` from (B, M, N, p·C) to (B, M', N', q·C'), the form in which fused blocks hand maps on."""
+        return self._fused(x, self.P.weight, self.std)
 
-    def _hooked(self):
-        return any(module is not None and (module._forward_hooks or module._forward_pre_hooks)
-                   for module in (self.P, self.std))
+    def runs_fused(self, dtype):
+        """Whether `forward` runs as one operation for images of this type."""
+        hooked = any(module is not None and (module._forward_hooks or module._forward_pre_hooks)
+                     for module in (self.P, self.std))
+        return self._can_fuse(dtype) and not hooked
+
+    def _can_fuse(self, dtype):
+        return self._fused is not None and self.fast and dtype in (torch.float, torch.cfloat)

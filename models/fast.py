@@ -6,7 +6,7 @@ projection's own matrix products:
 - Padding, filtering, subsampling and cropping are one linear map of the image. A Morlet filter is a short sum of
   separable ones, so the map is a product of small matrices along the rows, then along the columns (`WaveletMaps`); for
   small images one dense matrix is cheaper.
-- Channels lie last in memory, the parts of complex numbers apart, so that every step is a matrix product with long rows.
+- Channels lie last in memory, the parts of complex numbers apart: every step is a matrix product with long rows.
 - Images go through in chunks that fit the processor's cache. The backward pass recomputes the complex wavelet
   coefficients where only their modulus was kept.
 - Standardisation is folded into the weights of the projection: W diag(r), and a bias.
@@ -16,7 +16,7 @@ Inside, a feature map is a real tensor (B, M, N, p·C): p = 1 part, or p = 2 for
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from models.scattering import output_size, padding_indices
 from models.standardization import EPSILON, sum_over_ranks
 
 _RANK_TOLERANCE = 1e-7  # singular values below this part of the largest are lost in float32 anyway
-_SEPARABLE_OVERHEAD = 1.5  # measured: what a multiply-add of two small products costs beside one of a dense product
-_CHUNK_BYTES = 3 << 20  # measured: wavelet coefficients of a chunk on a CPU
+_SEPARABLE_OVERHEAD = 2.5  # measured: what a multiply-add of two small products costs beside one of a dense product
+_FEW_CHANNELS = 32  # measured: with fewer, images go through side by side, as channels of one
+_CHUNK_BYTES = 4 << 20  # measured: wavelet coefficients of a chunk on a CPU
 _CHUNK_BYTES_GPU = 1 << 30
 _SMALLEST_MODULUS = 1e-18  # below it the modulus has no gradient
 
@@ -40,11 +41,11 @@ _SMALLEST_MODULUS = 1e-18  # below it the modulus has no gradient
 
 @dataclass(frozen=True)
 class _Group:
-    """Filters computed by one product: which (φ is number n), from which row maps, and the matrix along the columns."""
+    """Filters computed together: which (φ is number n), and the matrices along the rows, then along the columns."""
 
     filters: tuple
-    rows: slice | None  # of the row maps; None in a dense transform
-    matrix: np.ndarray
+    rows: np.ndarray | None  # (M'·R, M); None in a dense transform
+    columns: np.ndarray  # (N'·planes, R·N·parts), or (M'·N'·planes, M·N·parts) in a dense transform
 
 
 def _axis_map(factor, size, subsample):
@@ -104,21 +105,21 @@ def _mirrored_groups(kernels):
 
 
 def _separable_group(filters, kernels, shape, subsample, parts, phi_parts):
-    """Row maps (M', R, M) and the column matrix of filters whose sum of R separable terms is found by an SVD."""
+    """The group of filters that are sums of the same R separable terms, found by an SVD."""
     planes = np.concatenate([np.concatenate([kernels[f].real.T, kernels[f].imag.T]) for f in filters])  # (2·f·Q, P)
     columns, scales, rows = np.linalg.svd(planes, full_matrices=False)
     rank = max(1, int((scales > _RANK_TOLERANCE * scales[0]).sum()))
-    row_maps = np.stack([_axis_map(row, shape[0], subsample) for row in rows[:rank]], 1)
+    row_maps = np.stack([_axis_map(row, shape[0], subsample) for row in rows[:rank]], 1)  # (M', R, M)
     columns = (columns[:, :rank] * scales[:rank]).reshape(len(filters), 2, kernels.shape[2], rank)
     maps = [
         [np.stack([_axis_map(part[:, r], shape[1], subsample) for r in range(rank)], 1) for part in column]
         for column in columns
     ]
-    return row_maps, _group_matrix(maps, parts, phi_parts)
+    return _Group(tuple(filters), row_maps.reshape(-1, shape[0]), _group_matrix(maps, parts, phi_parts))
 
 
-def _dense_matrix(filters, kernels, shape, subsample, parts, phi_parts):
-    """The whole transform of an image as one matrix, (M'·N'·planes, M·N·parts)."""
+def _dense_group(filters, kernels, shape, subsample, parts, phi_parts):
+    """The group of filters computed by one matrix from all pixels of an image."""
     rows, columns = (np.array(padding_indices(size)) for size in shape)
     out = [output_size(size, subsample) for size in shape]
     step, start = (2, 2) if subsample else (1, 2)
@@ -131,35 +132,24 @@ def _dense_matrix(filters, kernels, shape, subsample, parts, phi_parts):
                 matrix[:, :, row, column] += kernels[f][np.ix_((y - p) % len(rows), (x - q) % len(columns))]
         flat = matrix.reshape(out[0] * out[1], 1, -1)
         maps.append((flat.real, flat.imag))
-    return _group_matrix(maps, parts, phi_parts)
+    return _Group(tuple(filters), None, _group_matrix(maps, parts, phi_parts))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _plan(bank_key, shape, subsample, parts, phi_parts):
-    """Row maps (M'·R, M) or None, and the groups, for the cheaper of the separable and the dense transform."""
+    """The groups, φ's first, of the cheaper of the separable and the dense transform."""
     kernels = _kernels(bank_key.bank)
     phi = len(kernels) - 1
-    filters = [group for group in _mirrored_groups(kernels[:phi])]
-    groups, row_maps, start = [], [], 0
-    for group in [[phi], *filters]:
-        planes = phi_parts if group == [phi] else 2
-        rows, matrix = _separable_group(group, kernels, shape, subsample, parts, planes)
-        groups.append(_Group(tuple(group), slice(start, start + rows.shape[1]), matrix))
-        row_maps.append(rows)
-        start += rows.shape[1]
-    row_matrix = np.concatenate(row_maps, 1).reshape(-1, shape[0])  # (M'·R, M)
-    outputs = [output_size(size, subsample) for size in shape]
-    separable = row_matrix.size * shape[1] * parts + outputs[0] * sum(group.matrix.size for group in groups)
-    positions = math.prod(outputs)
-    planes = phi_parts + 2 * phi
-    dense = positions * planes * math.prod(shape) * parts
-    if dense <= _SEPARABLE_OVERHEAD * separable:
-        everything = [([phi], phi_parts), (list(range(phi)), 2)]
-        return None, [
-            _Group(tuple(group), None, _dense_matrix(group, kernels, shape, subsample, parts, planes))
-            for group, planes in everything
-        ]
-    return row_matrix, groups
+    arguments = (kernels, shape, subsample, parts)
+    groups = [_separable_group([phi], *arguments, phi_parts)]
+    groups += [_separable_group(group, *arguments, 2) for group in _mirrored_groups(kernels[:phi])]
+    rows = output_size(shape[0], subsample)
+    separable = sum(group.rows.size * shape[1] * parts + group.columns.size * rows for group in groups)
+    pixels = math.prod(shape) * parts
+    dense = rows * output_size(shape[1], subsample) * (phi_parts + 2 * phi) * pixels
+    if dense > _SEPARABLE_OVERHEAD * separable:
+        return groups
+    return [_dense_group([phi], *arguments, phi_parts), _dense_group(range(phi), *arguments, 2)]
 
 
 class _BankKey:
@@ -189,15 +179,14 @@ class WaveletMaps(nn.Module):
 
     def __init__(self, bank, shape, subsample, parts, phi_parts):
         super().__init__()
-        rows, groups = _plan(_BankKey(bank), shape, subsample, parts, phi_parts)
+        groups = _plan(_BankKey(bank), shape, subsample, parts, phi_parts)
         self.shape, self.parts = shape, parts
         self.out_shape = tuple(output_size(size, subsample) for size in shape)
         self.filters = [group.filters for group in groups]
-        self.row_slices = [group.rows for group in groups]
         self.group_parts = [phi_parts] + [2] * (len(groups) - 1)
-        self._register("rows", rows)
         for index, group in enumerate(groups):
-            self._register(f"columns_{index}", group.matrix)
+            self._register(f"rows_{index}", group.rows)
+            self._register(f"columns_{index}", group.columns)
 
     def _register(self, name, matrix):
         forward = None if matrix is None else torch.from_numpy(matrix.astype(np.float32))
@@ -208,7 +197,7 @@ class WaveletMaps(nn.Module):
     @property
     def order(self):
         """Filter numbers in the order in which the groups give them, φ (number n) first."""
-        return [f for group in self.filters for f in group]
+        return [f for filters in self.filters for f in filters]
 
     def planes(self):
         """Number of real planes the transform gives for each channel."""
@@ -218,41 +207,56 @@ class WaveletMaps(nn.Module):
         """x (b, M, N, p·C) -> for each group z (b·M'·N', parts, filters, C)."""
         b, m, n, pc = x.shape
         c = pc // self.parts
-        if self.rows is None:
-            mapped = x.reshape(b, m * n * self.parts, c)
-        else:
-            mapped = torch.bmm(self.rows.expand(b, -1, -1), x.reshape(b, m, n * pc))  # (b, M'·R, N·p·C)
-            mapped = mapped.view(b * self.out_shape[0], -1, c)  # (b·M', R·N·p, C)
-        return [
-            torch.bmm(self._columns(index).expand(len(mapped), -1, -1), self._rows_of(mapped, index, n * self.parts))
-            .view(-1, self.group_parts[index], len(self.filters[index]), c)
-            for index in range(len(self.filters))
-        ]
+        if b > 1 and c < _FEW_CHANNELS:
+            side_by_side = x.view(b, m, n, self.parts, c).permute(1, 2, 3, 0, 4).reshape(1, m, n, -1).contiguous()
+            return [
+                z.view(-1, *z.shape[1:3], b, c).movedim(3, 0).reshape(-1, *z.shape[1:3], c)
+                for z in self._coefficients(side_by_side)
+            ]
+        return self._coefficients(x)
+
+    def _coefficients(self, x):
+        c = x.shape[-1] // self.parts
+        coefficients = []
+        for index, (parts, filters) in enumerate(zip(self.group_parts, self.filters, strict=True)):
+            mapped, columns = self._map_rows(x, index), getattr(self, f"columns_{index}")
+            z = torch.bmm(columns.expand(len(mapped), -1, -1), mapped)  # (b·M', N'·parts·filters, C)
+            coefficients.append(z.view(-1, parts, len(filters), c))
+        return coefficients
+
+    def _map_rows(self, x, index):
+        """(b, M, N, p·C) -> (b·M', R·N·p, C), or (b, M·N·p, C) in a dense transform."""
+        rows, (b, m, n, pc) = getattr(self, f"rows_{index}"), x.shape
+        if rows is None:
+            return x.view(b, -1, pc // self.parts)
+        mapped = torch.bmm(rows.expand(b, -1, -1), x.view(b, m, n * pc))  # (b, M'·R, N·p·C)
+        return mapped.view(b * self.out_shape[0], -1, pc // self.parts)
 
     def adjoint(self, gradients, out):
         """Gradients with respect to each group's output -> the gradient with respect to x, written to `out`."""
         b, m, n, pc = out.shape
         c = pc // self.parts
-        if self.rows is None:
-            total = out.view(b, m * n * self.parts, c)
-            for index, gradient in enumerate(gradients):
-                matrix = getattr(self, f"columns_{index}_adjoint").expand(b, -1, -1)
-                torch.baddbmm(total, matrix, gradient.view(b, -1, c), beta=float(index > 0), out=total)
-            return
-        batch = b * self.out_shape[0]
-        mapped = out.new_empty(batch, len(self.rows) // self.out_shape[0] * n * self.parts, c)
+        if b > 1 and c < _FEW_CHANNELS:
+            total = out.new_empty(1, m, n, self.parts * b * c)
+            apart = [g.view(b, -1, *g.shape[1:]) for g in gradients]
+            self._adjoint([g.movedim(0, 3).reshape(-1, *g.shape[2:4], b * c) for g in apart], total)
+            out.view(b, m, n, self.parts, c).copy_(total.view(m, n, self.parts, b, c).permute(3, 0, 1, 2, 4))
+        else:
+            self._adjoint(gradients, out)
+
+    def _adjoint(self, gradients, out):
+        b, m, n, pc = out.shape
+        c = pc // self.parts
         for index, gradient in enumerate(gradients):
-            matrix = getattr(self, f"columns_{index}_adjoint").expand(batch, -1, -1)
-            target = self._rows_of(mapped, index, n * self.parts)
-            torch.bmm(matrix, gradient.view(batch, -1, c), out=target)
-        torch.bmm(self.rows_adjoint.expand(b, -1, -1), mapped.view(b, -1, n * pc), out=out.view(b, m, n * pc))
-
-    def _columns(self, index):
-        return getattr(self, f"columns_{index}")
-
-    def _rows_of(self, mapped, index, length):
-        rows = self.row_slices[index]
-        return mapped if rows is None else mapped[:, rows.start * length : rows.stop * length]
+            columns, rows = getattr(self, f"columns_{index}_adjoint"), getattr(self, f"rows_{index}_adjoint")
+            beta = float(index > 0)
+            if rows is None:
+                total = out.view(b, -1, c)
+                torch.baddbmm(total, columns.expand(b, -1, -1), gradient.view(b, -1, c), beta=beta, out=total)
+            else:
+                batch, total = b * self.out_shape[0], out.view(b, m, n * pc)
+                mapped = torch.bmm(columns.expand(batch, -1, -1), gradient.view(batch, -1, c))  # (b·M', R·N·p, C)
+                torch.baddbmm(total, rows.expand(b, -1, -1), mapped.view(b, -1, n * pc), beta=beta, out=total)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,9 +375,9 @@ class FusedBlock(nn.Module):
         self.maps = WaveletMaps(bank, shape, transform.subsample, parts, phi_parts=2 if skip else 1)
         self.width = channels * transform.bank.shape[0] * (3 if skip else 1)  # real columns of the features
         number = transform.number
-        canonical = torch.cat([torch.arange(channels)[None], channels + torch.arange(channels * number).view(-1, number).t()])
-        angles = [0] + [f + 1 for f in self.maps.order[1:]]
-        self.register_buffer("columns", canonical[angles].flatten(), persistent=False)  # canonical channel of each column
+        psi = channels + torch.arange(channels * number).view(channels, number)
+        columns = [torch.arange(channels)] + [psi[:, f] for f in self.maps.order[1:]]
+        self.register_buffer("columns", torch.cat(columns), persistent=False)  # canonical channel of each column
         self.register_buffer("places", torch.argsort(self.columns), persistent=False)
 
     # -- from the module's weights and buffers to real columns, and back ------------------------------------------
@@ -464,8 +468,9 @@ class FusedBlock(nn.Module):
     def fold(self, matrices, statistics):
         """Fold the standardisation into the projection: W diag(r) and -W diag(r) m."""
         scale = self.scale(statistics)
-        folded = [w * scale[columns] for w, (_, columns) in zip(matrices, self.slices(matrices), strict=True)]
-        biases = [-(w @ statistics.mean[columns]) for w, (_, columns) in zip(folded, self.slices(matrices), strict=True)]
+        slices = self.slices(matrices)
+        folded = [w * scale[columns] for w, (_, columns) in zip(matrices, slices, strict=True)]
+        biases = [-(w @ statistics.mean[columns]) for w, (_, columns) in zip(folded, slices, strict=True)]
         return folded, biases
 
     def project(self, x, features, folded, biases):
@@ -545,7 +550,7 @@ class FusedBlock(nn.Module):
     # -- what a block calls ---------------------------------------------------------------------------------------
 
     def forward(self, x, weight, std=None):
-        """x (B, C, M, N) -> (B, C', M', N'), each real or complex; updates the running statistics of `std` in training.
+        """x (B, M, N, p·C) -> (B, M', N', q·C'); updates the running statistics of `std` in training.
 
         Args:
             weight: W (C', D) in canonical channel order, real or complex.
@@ -556,10 +561,10 @@ class FusedBlock(nn.Module):
             statistics = Statistics(zero, zero + 1)
         else:
             statistics = None if std.training else self.column_statistics(std)
-        y, mean, var, count = _FusedBlock.apply(to_planar(x), self, statistics, *self.real_matrices(weight))
+        y, mean, var, count = _FusedBlock.apply(x, self, statistics, *self.real_matrices(weight))
         if statistics is None:
             std.update(*self.channel_statistics(mean, var), int(count))
-        return from_planar(y, self.out_parts)
+        return y
 
     @torch.no_grad()
     def features(self, x):

@@ -21,7 +21,8 @@ class Frame(nn.Module):
         if signal.complex:
             raise ValueError(f"'FrhoF' needs a real input, but its input is complex ({signal}); put 'R' before it")
         if non_linearity not in FRAME_NON_LINEARITIES:
-            raise ValueError(f"unknown non-linearity {non_linearity!r}: choose among {', '.join(FRAME_NON_LINEARITIES)}")
+            known = ", ".join(FRAME_NON_LINEARITIES)
+            raise ValueError(f"unknown non-linearity {non_linearity!r}: choose among {known}")
         self.frame = nn.Parameter(torch.randn(atoms, signal.channels) / math.sqrt(atoms))
         self.rho = FRAME_NON_LINEARITIES[non_linearity]
         self.out = signal

@@ -39,7 +39,7 @@ class Projection(nn.Module):
                  frozen=False, orthogonal=False):
         super().__init__()
         if basis is not None and basis.shape[1] != signal.channels:
-            raise ValueError(f"the fixed projection takes {basis.shape[1]} channels, but its input has {signal.channels}")
+            raise ValueError(f"the fixed projection takes {basis.shape[1]} channels, not {signal.channels}")
         self.register_buffer("basis", basis, persistent=basis is not None)
         inputs = signal.channels if basis is None else len(basis)
         identity = channels is None

@@ -7,6 +7,7 @@ from torch import nn
 
 from models.block import Block, BlockConfig
 from models.classifier import Classifier
+from models.fast import from_planar, to_planar
 from models.projection import Projection, apply_weight
 from models.signal import Signal
 
@@ -69,6 +70,11 @@ class ScatNet(nn.Module):
 
     def forward(self, x):
         x = self.mix(x)
+        if all(block.runs_fused(x.dtype) for block in self.blocks):
+            x = to_planar(x)
+            for block in self.blocks:
+                x = block.forward_planar(x)
+            return self.classifier(from_planar(x, 2 if block.out.complex else 1))
         for block in self.blocks:
             x = block(x)
         return self.classifier(x)

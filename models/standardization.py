@@ -42,7 +42,8 @@ class Standardization(nn.Module):
         super().__init__()
         self.out = signal
         self.homogeneous = homogeneous
-        self.register_buffer("mean", torch.zeros(signal.channels, dtype=torch.cfloat if signal.complex else torch.float))
+        dtype = torch.cfloat if signal.complex else torch.float
+        self.register_buffer("mean", torch.zeros(signal.channels, dtype=dtype))
         self.register_buffer("var", torch.ones(signal.channels))
 
     def forward(self, x):
