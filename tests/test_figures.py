@@ -138,13 +138,13 @@ def test_small_helpers():
 
 def tiny_arguments(experiment):
     """The command line of a tiny network in the place of an experiment's: few channels and few digits."""
-    data = ["--digits", "--data-subset", "0:4"]
+    data = ["--digits", "--data-subset", "0:1"]
     if "resnet18-custom" in experiment.arguments:
         width = {0.125: 1 / 64, 0.25: 1 / 32}.get(experiment.width, 1 / 16)
         return [*data, "--resize-images", "32", "--arch", "resnet18-custom", "--standard-no-bias",
                 "--standard-batch-norm", "post", "--standard-width-scaling", str(width)]
     blocks = 6 if experiment.group in ("gaussianity", "activation_convergence") else 4
-    sizes = [str(max(2, int(4 * experiment.width)))] * blocks
+    sizes = [str(min(max(2, int(4 * experiment.width)), 16))] * blocks
     arch = ["-a", "Fw Std Pr N", "--psi-arch", "mod", "--Pr-size", *sizes]
     if experiment.group == "imagenet_spectra":
         arch = ["-a", "Fw rho Std Pc", "--Pc-size", *sizes]
@@ -178,23 +178,22 @@ def paper(tmp_path_factory):
     root = tmp_path_factory.mktemp("paper")
     for experiment in experiments.experiments("paper"):
         make_run(root / "checkpoints", experiment)
-    return root
+    return Source("paper", root / "checkpoints", torch.device("cpu"), quiet=True), root / "notebook_data"
 
 
 @pytest.mark.parametrize("number", FIGURES)
 def test_every_figure_computes_from_checkpoints_of_the_papers_names(number, paper):
-    figure = FIGURES[number]
-    source = Source("paper", paper / "checkpoints", torch.device("cpu"), quiet=True)
-    data = figures.compute(figure, source, "a test", paper / "notebook_data")
+    figure, (source, kept) = FIGURES[number], paper
+    data = figures.compute(figure, source, "a test", kept)
     assert data.provenance["command"] == "a test" and data.provenance["experiments"]
     for name, values in data.arrays.items():
         assert np.isfinite(values).all(), f"{name} is not finite"
     assert set(synthetic(number)) - set(data.arrays) <= {name for name in synthetic(number) if name[-1].isdigit()}
     figures.draw(figure, data)
     assert claims_of(number, data)
-    path = data_path("paper", figure.name, paper / "notebook_data")
+    path = data_path("paper", figure.name, kept)
     written = path.stat().st_mtime_ns
-    figures.compute(figure, source, "again", paper / "notebook_data")
+    figures.compute(figure, source, "again", kept)
     assert path.stat().st_mtime_ns == written  # the same checkpoints: nothing to do
 
 

@@ -26,7 +26,7 @@ from utils.covariance import (
 )
 from utils.experiments import Experiment
 from utils.figure_source import Source
-from utils.layers import Layer
+from utils.layers import Layer, weight_layers
 from utils.random_matrix import bulk_test, fit_decay, normality_p_value, real_samples
 
 Numbers = dict[str, np.ndarray]
@@ -156,14 +156,12 @@ def alignment_convergence(source: Source, shown: Shown) -> Numbers:
 
 def _alignment_errors(source, reference, others, standardize):
     """For each network, errors on the test set at its layers 2 to J; the first layer's input is the same for all."""
-    target = source.network(reference)
-    names = [layer.name for layer in source.layers(reference, target)[1:-1]]
-    errors = []
-    for member in others:
-        pair = [source.network(member), target]
-        alignment = Alignment(standardize).fit(*pair, source.train(member), names, device=source.device)
-        errors.append(alignment.score(*pair, source.test(member), names, device=source.device))
-    return errors
+    networks = source.networks([reference, *others])
+    names = [layer.name for layer in source.layers(reference, networks[0])[1:-1]]
+    train, test = (moments(networks, names, images, auto=False, cross=0, device=source.device)
+                   for images in (source.train(reference), source.test(reference)))
+    alignments = [Alignment(standardize).fit_moments(train, i, 0) for i in range(1, len(networks))]
+    return [alignment.score_moments(test, i, 0) for i, alignment in enumerate(alignments, 1)]
 
 
 def covariance_convergence(source: Source, shown: Shown) -> Numbers:
@@ -217,8 +215,10 @@ def _many_widths(source, members, layer, shown):
     names = [names[j - 1] for j in shown.errors]
     covariances = {}
     for width in widths:
-        group = [member for member in members if member.width == width]
-        weights = [_aligned_to(source, member, reference, target, names) for member in group]
+        group = [member for member in members if member.width == width and member is not reference]
+        weights = _weights_aligned_to(source, target, group, names)
+        if width == widths[-1]:
+            weights.append([layer.get() for layer in weight_layers(target, names=names)])
         covariances[width] = [WeightCovariance.fit(rows) for rows in zip(*weights)]
     widest = covariances[widths[-1]]
     numbers = {f"eigenvalues_width_{width:g}": found[0].eigenvalues.cpu().numpy()
@@ -230,14 +230,17 @@ def _many_widths(source, members, layer, shown):
             "fit_widths": np.array([fit.amplitude, fit.rate])}
 
 
-def _aligned_to(source: Source, member: Experiment, reference: Experiment, target: nn.Module, names: list[str]):
-    """Weights W_j A_j of a network's layers in the space of the target. # (N_j, D_j of the target) each"""
-    if member is reference:
-        return [layer.get() for layer in source.layers(member, target) if layer.name in names]
-    network = source.network(member)
-    alignment = Alignment().fit(network, target, source.train(member), names, device=source.device)
-    by_name = {layer.name: layer for layer in source.layers(member, network)}
-    return [alignment.transform(name, by_name[name].get()) for name in names]
+def _weights_aligned_to(source: Source, target: nn.Module, group: list[Experiment], names: list[str]):
+    """For each network of a group, its weights W_j A_j in the space of the target. # (N_j, D_j of the target) each"""
+    if not group:
+        return []
+    networks = source.networks(group)
+    found = moments([target, *networks], names, source.train(group[0]), auto=False, cross=0, device=source.device)
+    weights = []
+    for i, network in enumerate(networks, 1):
+        alignment = Alignment().fit_moments(found, i, 0)
+        weights.append([alignment.transform(layer.name, layer.get()) for layer in weight_layers(network, names=names)])
+    return weights
 
 
 def imagenet_spectra(source: Source, shown: Shown) -> Numbers:
