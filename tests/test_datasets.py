@@ -522,12 +522,18 @@ def test_workers_leave_a_schedulers_signal_to_their_parent(tmp_path):
     assert worker.exitcode == 0
 
 
-def test_benchmark_runs():
-    script = Path(__file__).parents[1] / "benchmarks" / "pipeline.py"
-    command = [sys.executable, str(script), "--images", "600", "--repeats", "1"]
+@pytest.mark.parametrize(
+    "script, options, expected",
+    [
+        ("pipeline.py", ["--images", "600", "--repeats", "1"], "times faster than torchvision"),
+        ("imagenet_load.py", ["--images", "600", "--epochs", "2", "--size", "32"], "6 named, once each, of 6"),
+    ],
+)
+def test_benchmarks_run(script, options, expected):
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / script), *options]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "times" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert expected in done.stdout and "FAIL" not in done.stdout and not done.stderr
 
 
 def test_unreadable_files_are_named(tmp_path, monkeypatch):
