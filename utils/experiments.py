@@ -254,7 +254,8 @@ class Scale:
     """What differs between the scales: data, schedules, widths, and networks per set.
 
     Widths are exponents of 2. `deep`, `shallow`: channels of the blocks of width 1; in `shallow` only those before
-    the last are scaled. `repeats`: rainbow networks sampled of a trained one (None: the script's own number).
+    the last are scaled. `resampling_skip`: figure 3 has the skip network (as in the paper; on the digits even its
+    white features are nearly perfect). `repeats`: rainbow networks sampled of a trained one (None: the script's own).
     """
 
     name: str
@@ -273,6 +274,7 @@ class Scale:
     resnet_shown: int
     gaussianity: int
     resampling_widths: range
+    resampling_skip: bool
     repeats: int | None
     activation_widths: range
     activation_inits: int
@@ -289,7 +291,8 @@ PAPER = Scale(
                      factorize=1, plain_classifier=False),
     resnet_recipe=Recipe(90, 30, 0.1, 256, 10), resnet_prefix="standard", resnet_suffix="-fix",
     resnet_widths=range(-3, 4), resnet_shown=0,
-    gaussianity=50, resampling_widths=range(-3, 4), repeats=None, activation_widths=range(-3, 4), activation_inits=1,
+    gaussianity=50, resampling_widths=range(-3, 4), resampling_skip=True, repeats=None,
+    activation_widths=range(-3, 4), activation_inits=1,
     weight_widths=range(-3, 6), weight_inits=10, many=50,
 )  # fmt: skip
 
@@ -300,7 +303,8 @@ LAPTOP = Scale(
     large=Scattering((8, 16, 16, 32, 32, 64), skip=True, norm=False, kind="Pc", factorize=1, plain_classifier=False),
     resnet_recipe=Recipe(15, 5, 0.05, 32), resnet_prefix="digits32", resnet_suffix="",
     resnet_widths=range(-4, 0), resnet_shown=-1,
-    gaussianity=20, resampling_widths=range(-3, 3), repeats=3, activation_widths=range(-3, 3), activation_inits=2,
+    gaussianity=20, resampling_widths=range(-3, 3), resampling_skip=False, repeats=3,
+    activation_widths=range(-3, 3), activation_inits=2,
     weight_widths=range(-3, 3), weight_inits=3, many=20,
 )  # fmt: skip
 
@@ -332,7 +336,7 @@ def resampling(scale):
     (figure 3). Ours: white random features, the same network with its first weights frozen, classifier trained."""
     rows = {"trained": [], "resampled": [], "retrained": [], "white": []}
     for exponent in scale.resampling_widths:
-        network = Scattering(scaled(scale.deep, exponent), skip=True)
+        network = Scattering(scaled(scale.deep, exponent), skip=scale.resampling_skip)
         place = {"scale": scale.name, "width": 2.0**exponent}
         published = functools.partial(_published_in_figure_3, scale, exponent=exponent)
         trained = train(network, scale.data, scale.recipe, group="resampling", serves=[(3, "trained")],
