@@ -65,7 +65,7 @@ def alignment_error(A: Tensor, K: Tensor, aa: float, bb: float) -> float:
     if aa == 0 or bb == 0:
         return 0.0 if aa == bb else 2.0
     ab = (A.conj() * K).sum().real.item()
-    return 2 * (1 - ab / math.sqrt(aa * bb))
+    return max(2 * (1 - ab / math.sqrt(aa * bb)), 0.0)  # rounding may leave -1e-7
 
 
 def is_same_input(moments: Moments, i: int, j: int, layer: int) -> bool:

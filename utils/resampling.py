@@ -1,0 +1,590 @@
+"""Rainbow networks: networks whose weights are drawn layer by layer from a trained network's covariances (section 4).
+
+With Ĉ_j the covariance of the trained weights of layer j, and A_j the alignment of the trained network's activations
+φ_{j-1} to those of the new network, whose layers before j are drawn already, layer j of the new network is
+
+    W'_j = G Ĉ_j^{1/2} A_j,      G white (N_j', D_j).
+
+A_1 is the identity. Between layers the new network's normalisations (`Std`, batch norms) take the mean and variance of
+their inputs over the training set. The last layer is the trained one, rotated: W_{J+1} A_{J+1}. What a neuron has
+beside its weights (a bias, the affine map of a batch norm, a threshold) is that of a trained neuron drawn at random.
+
+The activations of both networks are kept at the furthest step that fits the memory, and continued from there; where
+they do not fit, from the last step that did, or from the images.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.scatnet import ScatNet
+from models.standardization import EPSILON, Standardization
+from utils.activations import ChannelSums, ProductSum, accumulation_device
+from utils.alignment import MeanNetwork, align, transport
+from utils.covariance import WeightCovariance, to_double
+from utils.errors import UserError, as_user_error
+from utils.layers import Layer, device_of, evaluating, first_images, inspect, make_example, weight_layers
+from utils.program import INPUT, NORMS, Program
+
+METHODS = ("gaussian", "orthogonal", "white")
+DEFAULT_MEMORY = 2 << 30  # bytes of kept activations on a CPU; on a GPU half of what is free
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Test accuracy with layers 1..`layer` sampled and the others trained and aligned; top-1 and top-5 in percent."""
+
+    layer: int
+    acc1: float
+    acc5: float
+
+
+@dataclass
+class RainbowSample:
+    """A sampled network, its alignments A_j (D_j, D_j') from the reference, and the accuracy after every layer."""
+
+    network: nn.Module
+    alignments: list[Tensor] = field(default_factory=list)
+    accuracies: list[Accuracy] = field(default_factory=list)
+
+
+def draw_rows(covariance: WeightCovariance, rows: int, method: str, generator: torch.Generator) -> Tensor:
+    """Random rows of second moment Ĉ: Gaussian; `orthogonal`, a random partial isometry times Ĉ^{1/2}, scaled so that
+    E[WᴴW]/N = Ĉ (exactly Ĉ with at least as many rows as Ĉ has directions); or `white`, N(0, tr Ĉ / D). # (rows, D)
+    """
+    vectors = covariance.eigenvectors.cpu()
+    if method == "white":
+        white = torch.randn(rows, covariance.dimension, dtype=vectors.dtype, generator=generator)
+        return white * math.sqrt(covariance.trace / covariance.dimension)
+    directions = covariance.rank
+    white = torch.randn(rows, directions, dtype=vectors.dtype, generator=generator)
+    if method == "orthogonal":
+        u, _, vh = torch.linalg.svd(white, full_matrices=False)
+        white = u @ vh * math.sqrt(max(rows, directions))
+    return (white * covariance.eigenvalues[:directions].cpu().sqrt()) @ vectors[:, :directions].mH
+
+
+class RainbowSampler:
+    """Samples rainbow networks of a trained network, or of a set of them through their mean network."""
+
+    def __init__(self, reference: MeanNetwork, loader: Iterable, *, test: Iterable | None = None,
+                 method: str = "gaussian", widths: Sequence[int] | None = None, align_on_test: bool = False,
+                 memory: int | None = None, progress: Callable[[Iterable, str], Iterable] | None = None):
+        """reference: a `MeanNetwork`, of one network or more, of the same architecture. loader, test: (images, labels)
+        of the training and test set, always in the same order; accuracies are of the test set, where there is one.
+        method: "gaussian", "orthogonal" or "white". widths: N_j of the new network's layers but the last (default: the
+        trained ones). align_on_test: the alignments A_j are those of the test set. memory: bytes of activations that
+        may be kept. progress: wraps each pass over the data, given as an iterable and a text.
+
+        Raises UserError for what cannot be sampled: a layer whose weights the analysis cannot treat, widths that do not
+        fit, an unknown method.
+        """
+        if method not in METHODS:
+            raise UserError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
+        if align_on_test and test is None:
+            raise UserError("alignment on the test set needs a test set")
+        self.reference, self.loader, self.test = reference, loader, test
+        self.method, self.align_on_test, self.memory = method, align_on_test, memory
+        self.progress = progress or (lambda batches, text: batches)
+        self.trained, self.layers = reference.networks[0], reference.layers[0]
+        self.example = make_example(self.trained, loader)
+        self.widths = checked_widths(widths, self.layers)
+        self.calls = call_order(self.trained, self.example)
+        self._check_coverage()
+        self.covariances = [WeightCovariance.fit(reference.aligned_weights(k)) for k in range(len(self.layers) - 1)]
+        self.trained_accuracy: Accuracy | None = None
+
+    def sample(self, seed: int = 0, report: Callable[[Accuracy], None] | None = None) -> RainbowSample:
+        """A new network; the same one for the same seed. `report` is told the accuracy after every layer, from 0 on."""
+        network = resize(self.trained, self.layers, self.widths, self.example, self.calls)
+        result = RainbowSample(network)
+
+        def note(accuracy):
+            result.accuracies.append(accuracy)
+            if report is not None:
+                report(accuracy)
+
+        with evaluating(network, *self.reference.networks):
+            _Construction(self, network, seed, result, note).run()
+        return result
+
+    def _check_coverage(self):
+        """No layer may stay in the old space: every weight called after the first layer must be one we can rotate."""
+        called = [name for name, _ in self.calls]
+        first = called.index(self.layers[0].name)
+        analysed = {layer.name for layer in self.layers}
+        for name, reason in inspect(self.trained, self.example).skipped.items():
+            owner = name if name in called else name.rpartition(".")[0]
+            if owner in called and called.index(owner) > first and reason != "a fixed identity":
+                raise UserError(f"{name} cannot be sampled: {reason}")
+        left_out = [layer.name for layer in weight_layers(self.trained, self.example) if layer.name not in analysed]
+        if left_out:
+            raise UserError(f"all weight layers must be sampled together, but {left_out[0]} is left out")
+
+
+def sample_network(networks: nn.Module | Sequence[nn.Module], loader: Iterable, seed: int = 0,
+                   **options) -> RainbowSample:
+    """A rainbow network of a trained network, or of several through their mean network; options of `RainbowSampler`."""
+    networks = [networks] if isinstance(networks, nn.Module) else networks
+    return RainbowSampler(MeanNetwork.fit(networks, loader), loader, **options).sample(seed)
+
+
+def call_order(network: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
+    """The modules that hold parameters or running statistics of their own, in the order of their first calls."""
+    order, handles = [], []
+
+    def hook(name):
+        def before(module, args):
+            if (name, module) not in order:
+                order.append((name, module))
+        return before
+
+    for name, module in network.named_modules():
+        own = next(module.parameters(recurse=False), None) is not None or isinstance(module, NORMS)
+        if own and name:
+            handles.append(module.register_forward_pre_hook(hook(name)))
+    try:
+        with evaluating(network):
+            network(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def neuron_parameters(calls: Sequence[tuple[str, nn.Module]], layers: Sequence[Layer]) -> list[list[str]]:
+    """For each layer, the names of the parameters that have one value (or m values) for each of its neurons.
+
+    They are the layer's bias, and what comes between it and the next layer: affine maps, gains and thresholds.
+    """
+    position = {layer.module: k for k, layer in enumerate(layers)}
+    names, current = [[] for _ in layers], None
+    for name, module in calls:
+        current = position.get(module, current)
+        if current is None:
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            is_weight = module in position and key == "weight"
+            if not is_weight and parameter.ndim and parameter.numel() == parameter.shape[0] \
+                    and parameter.shape[0] % layers[current].neurons == 0:
+                names[current].append(f"{name}.{key}")
+    return names
+
+
+def resize(network: nn.Module, layers: Sequence[Layer], widths: Sequence[int], example: Tensor,
+           calls: Sequence[tuple[str, nn.Module]]) -> nn.Module:
+    """A copy of the network whose layers but the last have the given numbers of neurons, its weights not yet set.
+
+    Where shapes stay, so do values. Raises UserError if the widths do not fit together (at the sum of a shortcut).
+    """
+    if list(widths) == [layer.neurons for layer in layers[:-1]]:
+        return copy.deepcopy(network)
+    if isinstance(network, ScatNet):
+        return _resize_scattering(network, layers, widths)
+    return _resize_modules(network, layers, widths, example, calls)
+
+
+def _resize_scattering(network, layers, widths):
+    by_module = {layer.module: width for layer, width in zip(layers, widths)}
+    blocks = []
+    for config, block in zip(network.config.blocks, network.blocks):
+        if block.P in by_module:
+            kind = next(name for name, module in block.body.named_children() if module is block.P)
+            config = replace(config, projection_initialization=None, projection_eigenvalues=None,
+                             **{f"{kind}_size": by_module[block.P]})
+        blocks.append(config)
+    with as_user_error("these widths fit no network: "), torch.random.fork_rng(devices=[]):
+        resized = ScatNet(replace(network.config, blocks=tuple(blocks)))
+    state = resized.state_dict()
+    for name, tensor in network.state_dict().items():
+        if state[name].shape == tensor.shape:
+            state[name] = tensor
+    resized.load_state_dict(state)
+    return resized.to(device_of(network))
+
+
+def _resize_modules(network, layers, widths, example, calls):
+    """Modules take the shape that their input has when it first comes by."""
+    resized = copy.deepcopy(network)
+    modules = dict(resized.named_modules())
+    wanted = {modules[layer.name]: width for layer, width in zip(layers, [*widths, layers[-1].neurons])}
+    for names, layer, width in zip(neuron_parameters(calls, layers), layers, widths):
+        for owner, _, key in (name.rpartition(".") for name in names):
+            old = getattr(modules[owner], key)
+            shape = (old.shape[0] // layer.neurons * width, *old.shape[1:])
+            _set_parameter(modules[owner], key, shape)
+
+    def before(module, args):
+        _fit(module, args[0], wanted.get(module))
+
+    handles = [modules[name].register_forward_pre_hook(before) for name, _ in calls]
+    try:
+        with evaluating(resized):
+            resized(example)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the widths {' '.join(map(str, widths))} do not fit together: {str(error).splitlines()[0]} "
+                        "(layers whose outputs are added need the same width)") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return resized
+
+
+def _fit(module, x, neurons):
+    """Gives a layer, of so many `neurons`, or a normalisation the shape that its input needs."""
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = x.shape[-1], neurons
+        _set_parameter(module, "weight", (neurons, x.shape[-1]))
+    elif neurons is not None:
+        module.in_channels, module.out_channels = x.shape[1], neurons
+        _set_parameter(module, "weight", (neurons, x.shape[1], *module.weight.shape[2:]))
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_features = x.shape[1]
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.ndim and len(buffer) != x.shape[1]:
+                setattr(module, key, buffer.new_full((x.shape[1],), float(key == "running_var")))
+
+
+def _set_parameter(module, key, shape):
+    old = getattr(module, key)
+    if tuple(old.shape) != tuple(shape):
+        value = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
+
+
+def checked_widths(widths: Sequence[int] | None, layers: Sequence[Layer]) -> list[int]:
+    """The widths of all layers but the last, by default their own. Raises UserError where they do not fit."""
+    own = [layer.neurons for layer in layers[:-1]]
+    if not own:
+        raise UserError("a network of one layer has nothing to sample: its only layer is the classifier")
+    if widths is None:
+        return own
+    widths = list(widths)
+    if len(widths) != len(own):
+        raise UserError(f"{len(widths)} widths are given for {len(own)} layers before the classifier, whose widths are "
+                        f"{' '.join(map(str, own))}: give {len(own)}")
+    for width in widths:
+        if int(width) != width or width < 1:
+            raise UserError(f"a width is a positive integer, not {width}")
+    return [int(width) for width in widths]
+
+
+class Activations:
+    """The values of several networks' programs over one data set, kept at the furthest position that fits the memory.
+
+    The networks have the same steps. `passes` counts, for each network, the steps run over all images, per step.
+    """
+
+    def __init__(self, programs: Sequence[Program], loader: Iterable, memory: int,
+                 progress: Callable[[Iterable, str], Iterable]):
+        self.programs, self.loader, self.memory, self.progress = list(programs), loader, memory, progress
+        self.device = device_of(programs[0].network)
+        self.position, self.kept, self.images = 0, [], None
+
+    def at(self, position: int, text: str) -> Iterator[tuple[list[dict], Tensor | None]]:
+        """For each batch, the values live at a position of every network, and the labels."""
+        start, keep, kept = self.position, self._furthest(position), []
+        batches = self.kept if start else self.loader
+        for index, batch in enumerate(self.progress(batches, text)):
+            if start:
+                envs, labels = batch
+                batches[index] = None
+            else:
+                images = first_images(batch).to(self.device, non_blocking=True)
+                labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+                envs = [{INPUT: images}] * len(self.programs)
+            if keep > start:
+                envs = [program.run(env, start, keep) for program, env in zip(self.programs, envs)]
+            if keep:
+                kept.append((envs, labels))
+            yield [program.run(env, keep, position) for program, env in zip(self.programs, envs)], labels
+        self.position, self.kept = keep, kept
+
+    def _furthest(self, position):
+        """The furthest position up to the one given whose values fit; the present one if none does."""
+        if self.images is None:
+            self.images = _count_images(self.loader)
+        for candidate in range(position, self.position, -1):
+            if self.images * sum(program.bytes_at(candidate) for program in self.programs) <= self.memory:
+                return candidate
+        return self.position
+
+
+def _count_images(loader):
+    data = getattr(loader, "dataset", None)
+    if data is not None and hasattr(data, "__len__"):
+        return len(data)
+    first = next(iter(loader), None)
+    if first is None:
+        raise UserError("the data is empty: there is nothing to align on")
+    if hasattr(loader, "__len__"):
+        return len(loader) * len(first_images(first))
+    return sum(len(first_images(batch)) for batch in loader)
+
+
+def _memory(given, device):
+    if given is not None:
+        return given
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_MEMORY
+
+
+class _Construction:
+    """One rainbow network in the making."""
+
+    def __init__(self, sampler, network, seed, result, note):
+        self.sampler, self.network, self.seed, self.result, self.note = sampler, network, seed, result, note
+        self.reference = sampler.reference
+        modules = dict(network.named_modules())
+        self.calls = [(name, modules[name]) for name, _ in sampler.calls]
+        self.layers = weight_layers(network, sampler.example)
+        self.program = Program(network, sampler.example)
+        self.originals = [Program(trained, sampler.example) for trained in self.reference.networks]
+        self._check_same_steps()
+        self.rotations: dict[object, Tensor] = {}  # of values, from the first trained network to the new one
+        self.alignments: dict[object, Tensor] = {}  # of the layers' inputs, from the reference to the new network
+        self.touched = self._touched()
+        self._open_data()
+
+    def run(self):
+        owned = neuron_parameters(self.sampler.calls, self.sampler.layers)
+        position = {layer.module: k for k, layer in enumerate(self.layers)}
+        started = False
+        for index, (_, module) in enumerate(self.calls):
+            if module in position:
+                k = position[module]
+                self._set_layer(k, owned[k])
+                started = True
+            elif started and isinstance(module, NORMS) and not self._is_before_layer(index):
+                self._calibrate(module)
+        self.result.alignments = [self.alignments[self._key(layer)] for layer in self.layers]
+        if self.sampler.test is not None:
+            self.note(self._accuracy(len(self.layers) - 1, self.program.end))
+
+    # ---- what is known of the two networks
+
+    def _open_data(self):
+        sampler, device = self.sampler, device_of(self.network)
+        memory = _memory(sampler.memory, device)
+        everything = [*self.originals, self.program]
+        self.statistics = self.aligning = Activations(everything, sampler.loader, memory // 4 * 3, sampler.progress)
+        if sampler.test is not None:
+            self.testing = Activations([self.program], sampler.test, memory // 4, sampler.progress)
+        if sampler.align_on_test:
+            self.statistics = Activations([self.program], sampler.loader, memory // 4, sampler.progress)
+            self.aligning = Activations(everything, sampler.test, memory // 2, sampler.progress)
+
+    def _check_same_steps(self):
+        steps = [step.name for step in self.program.steps]
+        for program in self.originals:
+            if [step.name for step in program.steps] != steps:
+                raise UserError("the networks of a set must have the same architecture to be sampled from")
+
+    def _touched(self):
+        """The names of the values that depend on a sampled layer."""
+        touched, first = set(), self.program.place(self.layers[0].module)[0]
+        for position, step in enumerate(self.program.steps):
+            if position == first or touched & set(step.inputs):
+                touched.add(step.name)
+        return touched
+
+    def _key(self, layer):
+        """What names a layer's input: the value that it is, or the layer itself where it runs inside a step."""
+        position, is_entry = self.program.place(layer.module)
+        return self.program.steps[position].inputs[0] if is_entry else layer.name
+
+    def _same_input(self, k):
+        """Whether a layer's input is the same fixed function of the images in both networks."""
+        position, is_entry = self.program.place(self.layers[k].module)
+        if is_entry:
+            return self.program.steps[position].inputs[0] not in self.touched
+        return k == 0
+
+    def _is_before_layer(self, index):
+        """Whether a normalisation's output is the next layer's input, so that one pass serves both (`_align`)."""
+        if index + 1 == len(self.calls) or self.sampler.align_on_test:
+            return False
+        norm, layer = self.calls[index][1], self.calls[index + 1][1]
+        if not any(layer is known.module for known in self.layers):
+            return False
+        at, is_entry = self.program.place(norm)
+        next_at, next_is_entry = self.program.place(layer)
+        return is_entry and next_is_entry and next_at == at + 1 \
+            and self.program.steps[next_at].inputs[0] == self.program.steps[at].name
+
+    def _norm_before(self, k):
+        """The normalisation that goes straight into layer k, and is not set yet; None if there is none."""
+        modules = [module for _, module in self.calls]
+        index = modules.index(self.layers[k].module) - 1
+        found = index >= 0 and isinstance(modules[index], NORMS) and self._is_before_layer(index)
+        return modules[index] if found else None
+
+    # ---- the steps of the construction
+
+    def _set_layer(self, k, owned):
+        layer, key = self.layers[k], self._key(self.layers[k])
+        if self._same_input(k):
+            size, device = self.sampler.layers[k].channels, accumulation_device(device_of(self.network))
+            self.alignments[key] = torch.eye(size, dtype=torch.float64, device=device)
+        self._align(k)
+        self._measure(k)
+        A = self.alignments[key]
+        if k == len(self.layers) - 1:
+            layer.set(transport(sum(self.reference.aligned_weights(k)) / len(self.reference.networks), A))
+            return
+        generator = torch.Generator().manual_seed(_seed_of(self.seed, k))
+        rows = draw_rows(self.sampler.covariances[k], layer.neurons, self.sampler.method, generator)
+        layer.set(transport(rows.to(A.device), A))
+        self._draw_neurons(k, owned, generator)
+
+    def _draw_neurons(self, k, names, generator):
+        """What neurons have beside weights: that of trained neurons, drawn with replacement."""
+        counts = [layers[k].neurons for layers in self.reference.layers]
+        chosen = torch.randint(sum(counts), (self.layers[k].neurons,), generator=generator)
+        for name in names:
+            parts = [trained.get_parameter(name).detach().unflatten(0, (count, -1))
+                     for trained, count in zip(self.reference.networks, counts)]
+            pool = torch.cat(parts)  # (ΣN, m, ...)
+            self.network.get_parameter(name).copy_(pool[chosen.to(pool.device)].flatten(0, 1))
+
+    def _calibrate(self, norm):
+        """Gives a normalisation the mean and variance of its input over the training set."""
+        position, is_entry = self.program.place(norm)
+        if is_entry and self.program.steps[position].inputs[0] not in self.touched or not _has_statistics(norm):
+            return
+        sums = ChannelSums()
+        for envs, _ in self.statistics.at(position, "statistics"):
+            sums.add(_samples(self.program.input_of(norm, envs[-1], position)))
+        _set_statistics(norm, sums)
+
+    def _align(self, k):
+        """Aligns a layer's input, and where accuracies are asked for what goes past it: one pass over the data."""
+        norm, key = self._norm_before(k), self._key(self.layers[k])
+        position, is_entry = self.program.place(self.layers[k].module)
+        names = [key] if key not in self.alignments else []
+        if is_entry and self.sampler.test is not None:
+            names += [name for name in self.program.live(position)
+                      if name in self.touched and name != key and name not in self.rotations]
+        if not names:
+            return
+        sums = {name: ProductSum() for name in names}
+        trained, own = ChannelSums(), ChannelSums()
+        for envs, _ in self.aligning.at(position if norm is None else position - 1, f"layer {k + 1}"):
+            for name in names:
+                a, b = self._pair(k, norm, envs) if name == key else (_samples(envs[0][name]), _samples(envs[-1][name]))
+                sums[name].add(a, b)
+                if name == key:
+                    trained.add(a)
+                    own.add(b)
+        if key in sums:
+            self._note_alignment(k, key, norm, sums.pop(key), trained, own)
+        for name, product in sums.items():
+            self.rotations[name] = align(product.total)
+
+    def _pair(self, k, norm, envs):
+        """Samples of a layer's input, of the reference and of the new network; the latter before its `norm`, if any."""
+        position, _ = self.program.place(self.layers[k].module)
+        theirs = []
+        for program, layers, env in zip(self.originals, self.reference.layers, envs):
+            if norm is not None:
+                env = program.run(env, position - 1, position)
+            theirs.append(layers[k].samples(program.input_of(layers[k].module, env, position)))
+        if norm is not None:
+            own = envs[-1][self.program.steps[position - 1].inputs[0]]
+        else:
+            own = self.program.input_of(self.layers[k].module, envs[-1], position)
+        return self.reference.average(k, theirs), self.layers[k].samples(own)
+
+    def _note_alignment(self, k, key, norm, product, trained, own):
+        """Sets A_k from Σ φ_ref φ_new^H, and the statistics of the normalisation that leads to it."""
+        layer = self.layers[k]
+        K = product.total / own.count
+        if own.count < max(K.shape):
+            warnings.warn(f"layer {layer.name}: {own.count} samples for {max(K.shape)} channels do not determine an "
+                          "alignment: give more images", stacklevel=2)
+        if norm is not None:
+            _set_statistics(norm, own)
+            mean, scale, shift = _affine(norm)
+            K = (K - torch.outer(trained.mean, mean.conj())) * scale + torch.outer(trained.mean, shift)
+        A = align(K, layer.is_complex)
+        self.alignments[key], self.rotations[key] = A, self.reference.alignments[0][k].to(A) @ A
+
+    def _measure(self, k):
+        """The accuracy before layer k is drawn: trained layers from k on, aligned to the new network before them."""
+        sampler = self.sampler
+        if sampler.test is None:
+            return
+        position, is_entry = self.program.place(self.layers[k].module)
+        if k == 0:
+            if sampler.trained_accuracy is None:
+                sampler.trained_accuracy = self._accuracy(0, position)
+            self.note(sampler.trained_accuracy)
+        elif is_entry:
+            self.note(self._accuracy(k, position))
+
+    def _accuracy(self, layer, position):
+        """Of the new network's steps up to a position, and the trained one's from there on."""
+        original, right, total = self.originals[0], [0, 0], 0
+        for (env,), labels in self.testing.at(position, "accuracy"):
+            env = {name: self._rotated(name, value) for name, value in env.items()}
+            scores = original.run(env, position, original.end)[original.output]
+            best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(scores.device)[:, None]
+            right = [right[0] + int(best[:, 0].sum()), right[1] + int(best.sum())]
+            total += len(labels)
+        return Accuracy(layer, 100 * right[0] / total, 100 * right[1] / total)
+
+    def _rotated(self, name, value):
+        """A value of the new network in the space of the first trained one: Σ_d R_{c,d} x_d for its rotation R."""
+        if name not in self.rotations:
+            return value
+        back = self.rotations[name].T  # W R x for a weight W: no conjugate
+        for layer in self.layers:
+            if self._key(layer) == name:
+                return layer.rotate(value, back)
+        back = back.to(device=value.device, dtype=value.dtype)
+        return torch.tensordot(value, back, dims=([1], [0])).movedim(-1, 1) if value.ndim > 3 else value @ back
+
+
+def _seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _samples(x):
+    """(B, C, M, N) -> (B·M·N, C); (B, C) and (B, T, C) -> (…, C)."""
+    return x.movedim(1, -1).flatten(0, -2) if x.ndim > 3 else x.flatten(0, -2)
+
+
+def _has_statistics(norm):
+    return isinstance(norm, Standardization) or norm.running_mean is not None
+
+
+def _set_statistics(norm, sums):
+    """Puts the mean and the unbiased variance into a normalisation's buffers."""
+    mean, var = sums.mean, sums.var
+    if isinstance(norm, Standardization):
+        if norm.homogeneous:
+            mean, var = torch.zeros_like(mean), var + mean.abs().square()
+        buffers = norm.mean, norm.var
+    else:
+        buffers = norm.running_mean, norm.running_var
+    buffers[0].copy_(mean)
+    buffers[1].copy_(var * (sums.count / max(sums.count - 1, 1)))
+
+
+def _affine(norm):
+    """Mean m, scale s and shift t of a normalisation x -> (x - m) s + t in evaluation, in double precision."""
+    if isinstance(norm, Standardization):
+        mean, var, epsilon, gain, shift = norm.mean, norm.var, EPSILON, None, None
+    else:
+        mean, var, epsilon, gain, shift = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    mean, scale = to_double(mean), (to_double(var) + epsilon).rsqrt()
+    if gain is not None:
+        scale = scale * to_double(gain)
+    return mean, scale, torch.zeros_like(scale) if shift is None else to_double(shift)
