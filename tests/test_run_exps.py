@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from utils import experiments as registry
+from utils.progress import work
+from utils.runner import longest_first
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("__init__", "errors", "lock", "experiments", "progress", "processes", "runner", "cluster")
@@ -98,6 +100,17 @@ def test_everything_runs_in_the_order_of_needs_and_only_once(repository):
 def test_what_is_needed_is_run_too(repository):
     assert run(repository, "--match", f"{NARROWEST}.*retrainclf").returncode == 0
     assert status(repository, chosen(f"{NARROWEST}.*clnobias$")[0]) == "finished"
+
+
+def test_longest_chains_begin_first_and_needs_before_all():
+    experiments = registry.experiments("laptop")
+    order = [experiment.name for experiment in longest_first(experiments[::-1])]
+    assert sorted(order) == sorted(experiment.name for experiment in experiments)
+    place = {name: i for i, name in enumerate(order)}
+    assert all(place[need] < place[experiment.name] for experiment in experiments for need in experiment.needs)
+    alone = [experiment for experiment in experiments if experiment.group == "weight_convergence"]
+    works = [work(experiment) for experiment in sorted(alone, key=lambda experiment: place[experiment.name])]
+    assert works == sorted(works, reverse=True)
 
 
 def test_a_failure_is_shown_and_leaves_the_rest_unharmed(repository):

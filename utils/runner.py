@@ -75,11 +75,24 @@ def in_order(experiments):
     return listed
 
 
+def longest_first(experiments):
+    """The experiments with those that head the longest chains of work first, every one after those it needs.
+
+    Several processes at a time then end together, none waiting for one that began last.
+    """
+    behind, chains = {}, {}
+    for experiment in reversed(in_order(experiments)):
+        chains[experiment.name] = chain = work(experiment) + behind.get(experiment.name, 0)
+        for need in experiment.needs:
+            behind[need] = max(behind.get(need, 0), chain)
+    return in_order(sorted(experiments, key=lambda experiment: -chains[experiment.name]))
+
+
 class Runner:
     """Runs a list of experiments. `run` returns the exit status: 0 if all are finished in the end, 1 otherwise."""
 
     def __init__(self, experiments, settings, terminal=None):
-        self.experiments = in_order(experiments)
+        self.experiments = (longest_first if settings.jobs > 1 else in_order)(experiments)
         self.settings = settings
         self.terminal = sys.stdout.isatty() if terminal is None else terminal
         self.waiting = list(self.experiments)
