@@ -176,14 +176,14 @@ def covariance_convergence(axes: dict[str, Axes], numbers: FigureData, published
         _eigenvalues(ax, numbers[f"eigenvalues_width_{width:g}"], color, f"$s = $ {width_label(width)}")
     _fitted(ax, numbers["fit_widths"], len(numbers[f"eigenvalues_width_{widths[-1]:g}"]))
     ax.set(yscale="log", title=rf"$\hat{{C}}_{{{layer}}}$, all widths", xlabel="rank $r$",
-           ylabel=r"eigenvalue $\lambda_r$")
+           ylabel=r"eigenvalue $D\,\lambda_r$")
     ax.legend(ncols=2)
     ax, layers = axes["errors"], numbers["error_layers"]
     for row, (j, color) in enumerate(zip(layers, shades("plasma", len(layers), last=0.5))):
         ax.plot(widths[:-1], numbers["errors"][row], color=color, marker="o", label=f"$j = {j}$")
     ax.set_xscale("log", base=2)
     ax.set(yscale="log", xlabel="width scaling $s$", xticks=widths[:-1], title="distance to the widest",
-           ylabel=r"$\|\hat{C}_j - C_j\|_\infty\,/\,\|C_j\|_\infty$")
+           ylabel=r"$\|D\hat{C}_j - C_j\|_\infty\,/\,\|C_j\|_\infty$")
     _plain_log_ticks(ax)
     ax.legend()
 
@@ -198,7 +198,7 @@ def _many_networks(spectra, clipped, numbers, published):
     spectra.plot([], [], color="0.4", linestyle=":", label="at initialisation")
     _fitted(spectra, numbers["fit_networks"], int(numbers["fit_ranks"]))
     spectra.set(yscale="log", title=rf"$\hat{{C}}_{{{layer}}}$ of several networks", xlabel="rank $r$",
-                ylabel=r"eigenvalue $\lambda_r$")
+                ylabel=r"eigenvalue $D\,\lambda_r$")
     spectra.legend(loc="upper right")
     offsets = np.linspace(-5, 5, len(counts)) if len(counts) > 1 else [0]
     for row, (count, color) in enumerate(zip(counts, shades("cool", len(counts), last=1.0))):
@@ -283,8 +283,7 @@ def training_dynamics(axes: dict[str, Axes], numbers: FigureData, published: dic
             axes[name].plot(rank, values, ".", color=color, markersize=2.5, alpha=0.6)
             axes[name].plot(rank, _smoothed(values, name == "amplification"), color=color, label=label)
     axes["amplification"].set(yscale="log", ylabel=r"amplification $a_r(t)$", title=f"layer $j = {layer}$")
-    axes["amplification"].yaxis.set_major_formatter("{x:g}")
-    axes["amplification"].yaxis.set_minor_formatter(NullFormatter())
+    _plain_log_ticks(axes["amplification"])
     axes["cosine"].set(ylim=(-0.05, 1.05), ylabel="cosine similarity $c_r(t)$", title=f"layer $j = {layer}$")
     axes["cosine"].legend(loc="lower left", ncols=2)
     for name in ("amplification", "cosine"):
@@ -312,4 +311,4 @@ def _trajectories(ax, points, colors):
     for epoch, color in enumerate(colors):
         ax.scatter(points[:, epoch, 0], points[:, epoch, 1], s=5, color=color, zorder=2)
     radius = 1.05 * np.abs(points).max()
-    ax.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal")
+    ax.set(xlim=(-radius, radius), ylim=(-radius, radius), box_aspect=1)

@@ -6,6 +6,7 @@ A function for each figure takes a `Source` and what is `Shown`, and returns arr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -165,10 +166,12 @@ def _alignment_errors(source, reference, others, standardize):
 
 
 def covariance_convergence(source: Source, shown: Shown) -> Numbers:
-    """Figure 6, layer j = 2. Panels (a) and (c): counts of networks n; eigenvalues_n, initial_n: of Ĉ at the end and,
-    scaled to the same tail, at the beginning; fit_networks: amplitude and rate of an exponential; clip_ranks;
-    clip_accuracies: (counts, ranks). Panel (b): widths; eigenvalues_width_s; fit_widths. Panel (d): error_layers;
-    errors: (layers, widths but the largest), ‖Ĉ − C‖ / ‖C‖ in the spectral norm, C that of the largest width."""
+    """Figure 6, layer j = 2, where weights are those of φ/√D, whose covariances have a limit as the width D grows.
+
+    Panels (a) and (c): counts of networks n; eigenvalues_n, initial_n: of Ĉ at the end and, scaled to the same tail, at
+    the beginning; fit_networks: amplitude and rate of an exponential; clip_ranks; clip_accuracies: (counts, ranks).
+    Panel (b): widths; eigenvalues_width_s; fit_widths. Panel (d): error_layers; errors: (layers, widths but the
+    largest), ‖Ĉ − C‖ / ‖C‖ in the spectral norm, C that of the largest width."""
     sets = source.sets(6)
     layer = shown.errors[0]
     return {"layer": np.array(layer), "fit_ranks": np.array(shown.fit_ranks),
@@ -179,10 +182,11 @@ def covariance_convergence(source: Source, shown: Shown) -> Numbers:
 def _many_networks(source, members, layer, shown):
     """Covariances of more and more networks of one width, and the first of them clipped with their eigenvectors."""
     mean = source.mean_network(members, (layer,))
-    weights = list(mean.aligned_weights(0))
+    scale = math.sqrt(mean.layers[0][0].dimension)
+    weights = [scale * rows for rows in mean.aligned_weights(0)]
     names = [each[0].name for each in mean.layers]
     first = [dict(source.network(member, 0).named_modules())[name] for member, name in zip(members, names)]
-    initial = [transport(module.weight.detach().flatten(1), A[0]) for module, A in zip(first, mean.alignments)]
+    initial = [scale * transport(module.weight.detach().flatten(1), A[0]) for module, A in zip(first, mean.alignments)]
     counts = sorted({min(count, len(members)) for count in shown.counts})
     numbers, bases = {"counts": np.array(counts)}, {}
     for count in counts:
@@ -218,7 +222,8 @@ def _many_widths(source, members, layer, shown):
         group = [member for member in members if member.width == width and member is not reference]
         weights = _weights_aligned_to(source, target, group, names)
         if width == widths[-1]:
-            weights.append([layer.get() for layer in weight_layers(target, names=names)])
+            own = weight_layers(target, names=names)
+            weights.append([math.sqrt(layer.dimension) * layer.get().double() for layer in own])
         covariances[width] = [WeightCovariance.fit(rows) for rows in zip(*weights)]
     widest = covariances[widths[-1]]
     numbers = {f"eigenvalues_width_{width:g}": found[0].eigenvalues.cpu().numpy()
@@ -231,7 +236,7 @@ def _many_widths(source, members, layer, shown):
 
 
 def _weights_aligned_to(source: Source, target: nn.Module, group: list[Experiment], names: list[str]):
-    """For each network of a group, its weights W_j A_j in the space of the target. # (N_j, D_j of the target) each"""
+    """For each network of a group, its weights √D_j W_j A_j in the target's space. # (N_j, D_j of the target) each"""
     if not group:
         return []
     networks = source.networks(group)
@@ -239,7 +244,8 @@ def _weights_aligned_to(source: Source, target: nn.Module, group: list[Experimen
     weights = []
     for i, network in enumerate(networks, 1):
         alignment = Alignment().fit_moments(found, i, 0)
-        weights.append([alignment.transform(layer.name, layer.get()) for layer in weight_layers(network, names=names)])
+        own = weight_layers(network, names=names)
+        weights.append([math.sqrt(layer.dimension) * alignment.transform(layer.name, layer.get()) for layer in own])
     return weights
 
 

@@ -40,7 +40,7 @@ from utils.figure_numbers import SHOWN
 from utils.figure_source import Source
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
-VERSION = "1"  # of the numbers: raised where they are computed otherwise
+VERSION = "2"  # of the numbers: raised where they are computed otherwise
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def all_claims(scale: str, root: Path = ROOT) -> list[Claim]:
 def show(number: int, scale: str, recompute: bool = False, device: str = "auto", checkpoints: str = "checkpoints",
          out: str = "figures", root: Path = ROOT) -> None:
     """In a notebook: a figure, how its numbers were made, and the published ones beside them. Saves it, too."""
-    from IPython.display import Markdown, display
+    from IPython.display import Image, Markdown, display
 
     figure = FIGURES[number]
     try:
@@ -179,12 +179,21 @@ def show(number: int, scale: str, recompute: bool = False, device: str = "auto",
         return
     canvas = draw(figure, numbers, published_for(figure, scale, root))
     paths = save(canvas, Path(out) / scale, file_name(figure))
-    display(canvas)
+    picture = io.BytesIO()
+    canvas.savefig(picture, format="png", dpi=100)
+    display(Image(picture.getvalue()))
     made = numbers.provenance
     text = (f"Numbers of {len(made['experiments'])} experiments, made {made['date']} at commit `{made['commit']}` by "
             f"`{made['command']}`; saved as `{paths[0]}` and `.png`.")
     table = comparison_table(figure, numbers, root) if scale != "paper" else ""
     display(Markdown(text + ("\n\n" + table if table else "")))
+
+
+def show_claims(scale: str, root: Path = ROOT) -> None:
+    """In a notebook: the table of all claims."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(claims_table(all_claims(scale, root))))
 
 
 def parser() -> argparse.ArgumentParser:
