@@ -28,6 +28,8 @@ from models.standardization import EPSILON, sum_over_ranks
 
 _RANK_TOLERANCE = 1e-7  # singular values below this part of the largest are lost in float32 anyway
 _SEPARABLE_OVERHEAD = 2.5  # measured: what a multiply-add of two small products costs beside one of a dense product
+_LARGE_IMAGE = 48  # measured: from this size on, images are cut into windows of as many outputs:
+_WINDOWS = (16, 14, 12, 20, 24, 28)
 _FEW_CHANNELS = 32  # measured: with fewer, images go through side by side, as channels of one
 _CHUNK_BYTES = 4 << 20  # measured: wavelet coefficients of a chunk on a CPU
 _CHUNK_BYTES_GPU = 1 << 30
@@ -43,21 +45,38 @@ _SMALLEST_MODULUS = 1e-18  # below it the modulus has no gradient
 class _Group:
     """Filters computed together: which (φ is number n), and the matrices along the rows, then along the columns."""
 
-    filters: tuple
+    filters: range
     rows: np.ndarray | None  # (M'·R, M); None in a dense transform
     columns: np.ndarray  # (N'·planes, R·N·parts), or (M'·N'·planes, M·N·parts) in a dense transform
 
 
-def _axis_map(factor, size, subsample):
-    """(M', M) matrix: pad an axis, convolve it with the periodic `factor` (P,), subsample and crop."""
-    indices = np.array(padding_indices(size))
-    padded = len(indices)
-    outputs = np.arange(output_size(size, subsample))
-    outputs = 2 * (outputs + 1) if subsample else outputs + 2
-    matrix = np.zeros((len(outputs), size))
-    for place, index in enumerate(indices):
-        matrix[:, index] += factor[(outputs - place) % padded]
-    return matrix
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of a transform on the padded, periodic grid: where the outputs lie, what input each place holds."""
+
+    size: int  # of the input
+    outputs: np.ndarray  # places
+    sources: np.ndarray  # input index at places 0, 1, …
+
+    @classmethod
+    def whole(cls, size, subsample):
+        """A whole image's axis: padding, filtering, subsampling, cropping."""
+        outputs = np.arange(output_size(size, subsample))
+        return cls(size, 2 * (outputs + 1) if subsample else outputs + 2, np.array(padding_indices(size)))
+
+    @classmethod
+    def window(cls, length, subsample, reach):
+        """A window that holds all that `length` neighbouring outputs depend on, filters reaching `reach` samples."""
+        step = 2 if subsample else 1
+        size = step * (length - 1) + 1 + 2 * reach
+        return cls(size, reach + step * np.arange(length), np.arange(size))
+
+    def matrix(self, factor):
+        """(M', M) matrix of the convolution with the periodic `factor` (P,)."""
+        values = factor[(self.outputs[:, None] - np.arange(len(self.sources))) % len(factor)]  # (M', places)
+        matrix = np.zeros((len(self.outputs), self.size), dtype=factor.dtype)
+        np.add.at(matrix.T, self.sources, values.T)
+        return matrix
 
 
 def _kernels(bank):
@@ -104,52 +123,75 @@ def _mirrored_groups(kernels):
     return groups
 
 
-def _separable_group(filters, kernels, shape, subsample, parts, phi_parts):
+def _separable_group(filters, kernels, axes, parts, phi_parts):
     """The group of filters that are sums of the same R separable terms, found by an SVD."""
     planes = np.concatenate([np.concatenate([kernels[f].real.T, kernels[f].imag.T]) for f in filters])  # (2·f·Q, P)
     columns, scales, rows = np.linalg.svd(planes, full_matrices=False)
     rank = max(1, int((scales > _RANK_TOLERANCE * scales[0]).sum()))
-    row_maps = np.stack([_axis_map(row, shape[0], subsample) for row in rows[:rank]], 1)  # (M', R, M)
+    row_maps = np.stack([axes[0].matrix(row) for row in rows[:rank]], 1)  # (M', R, M)
     columns = (columns[:, :rank] * scales[:rank]).reshape(len(filters), 2, kernels.shape[2], rank)
     maps = [
-        [np.stack([_axis_map(part[:, r], shape[1], subsample) for r in range(rank)], 1) for part in column]
-        for column in columns
+        [np.stack([axes[1].matrix(part[:, r]) for r in range(rank)], 1) for part in column] for column in columns
     ]
-    return _Group(tuple(filters), row_maps.reshape(-1, shape[0]), _group_matrix(maps, parts, phi_parts))
+    return _Group(_as_range(filters), row_maps.reshape(-1, axes[0].size), _group_matrix(maps, parts, phi_parts))
 
 
-def _dense_group(filters, kernels, shape, subsample, parts, phi_parts):
+def _dense_group(filters, kernels, axes, parts, phi_parts):
     """The group of filters computed by one matrix from all pixels of an image."""
-    rows, columns = (np.array(padding_indices(size)) for size in shape)
-    out = [output_size(size, subsample) for size in shape]
-    step, start = (2, 2) if subsample else (1, 2)
     maps = []
     for f in filters:
-        matrix = np.zeros((out[0], out[1], *shape), dtype=complex)
-        y, x = (start + step * np.arange(size) for size in out)
-        for p, row in enumerate(rows):
-            for q, column in enumerate(columns):
-                matrix[:, :, row, column] += kernels[f][np.ix_((y - p) % len(rows), (x - q) % len(columns))]
-        flat = matrix.reshape(out[0] * out[1], 1, -1)
+        columns = np.stack([axes[1].matrix(row) for row in kernels[f]])  # (P, N', N) complex
+        shifts = (axes[0].outputs[:, None] - np.arange(len(axes[0].sources))) % len(columns)
+        matrix = np.zeros((len(axes[0].outputs), axes[0].size, *columns.shape[1:]), dtype=complex)
+        np.add.at(matrix.swapaxes(0, 1), axes[0].sources, columns[shifts].swapaxes(0, 1))
+        flat = matrix.swapaxes(1, 2).reshape(len(axes[0].outputs) * len(axes[1].outputs), 1, -1)  # (M'·N', 1, M·N)
         maps.append((flat.real, flat.imag))
-    return _Group(tuple(filters), None, _group_matrix(maps, parts, phi_parts))
+    return _Group(_as_range(filters), None, _group_matrix(maps, parts, phi_parts))
+
+
+def _as_range(filters):
+    """One filter, two, or all in a row, as a range."""
+    step = filters[1] - filters[0] if len(filters) > 1 else 1
+    return range(filters[0], filters[-1] + 1, step)
+
+
+def _reach(kernels):
+    """How far from the origin the filters reach, in samples, to float32 accuracy."""
+    magnitude = np.abs(kernels).max(0)
+    offsets = [np.minimum(np.arange(size), size - np.arange(size)) for size in magnitude.shape]
+    significant = magnitude > _RANK_TOLERANCE * magnitude.max()
+    return int(max(offsets[0][significant.any(1)].max(), offsets[1][significant.any(0)].max()))
 
 
 @cache
 def _plan(bank_key, shape, subsample, parts, phi_parts):
-    """The groups, φ's first, of the cheaper of the separable and the dense transform."""
+    """How to transform images of `shape` cheaply: outputs to a window's side (or None), axes, groups (φ's first)."""
     kernels = _kernels(bank_key.bank)
     phi = len(kernels) - 1
-    arguments = (kernels, shape, subsample, parts)
+    window = _window(shape, subsample)
+    if window:
+        axes = [_Axis.window(window, subsample, _reach(kernels))] * 2
+        if axes[0].size > min(kernels.shape[1:]):
+            window = None
+    if not window:
+        axes = [_Axis.whole(size, subsample) for size in shape]
+    arguments = (kernels, axes, parts)
     groups = [_separable_group([phi], *arguments, phi_parts)]
     groups += [_separable_group(group, *arguments, 2) for group in _mirrored_groups(kernels[:phi])]
-    rows = output_size(shape[0], subsample)
-    separable = sum(group.rows.size * shape[1] * parts + group.columns.size * rows for group in groups)
-    pixels = math.prod(shape) * parts
-    dense = rows * output_size(shape[1], subsample) * (phi_parts + 2 * phi) * pixels
-    if dense > _SEPARABLE_OVERHEAD * separable:
-        return groups
-    return [_dense_group([phi], *arguments, phi_parts), _dense_group(range(phi), *arguments, 2)]
+    rows, columns = (len(axis.outputs) for axis in axes)
+    separable = sum(group.rows.size * axes[1].size * parts + group.columns.size * rows for group in groups)
+    dense = rows * columns * (phi_parts + 2 * phi) * axes[0].size * axes[1].size * parts
+    if not window and dense < _SEPARABLE_OVERHEAD * separable:
+        groups = [_dense_group([phi], *arguments, phi_parts), _dense_group(range(phi), *arguments, 2)]
+    return window, axes, groups
+
+
+def _window(shape, subsample):
+    """Outputs to a side of the windows a large image is cut into; None for a small image."""
+    outputs = [output_size(size, subsample) for size in shape]
+    if min(shape) < _LARGE_IMAGE:
+        return None
+    return next((size for size in _WINDOWS if all(output % size == 0 for output in outputs)), None)
 
 
 class _BankKey:
@@ -179,10 +221,17 @@ class WaveletMaps(nn.Module):
 
     def __init__(self, bank, shape, subsample, parts, phi_parts):
         super().__init__()
-        groups = _plan(_BankKey(bank), shape, subsample, parts, phi_parts)
-        self.shape, self.parts = shape, parts
-        self.out_shape = tuple(output_size(size, subsample) for size in shape)
+        window, axes, groups = _plan(_BankKey(bank), shape, subsample, parts, phi_parts)
+        self.parts = parts
+        self.out_shape = tuple(len(axis.outputs) for axis in axes)
+        self.image_shape = tuple(output_size(size, subsample) for size in shape)
+        self.windows = None
+        if window:
+            self.windows = tuple(size // window for size in self.image_shape)
+            for name, size in zip(("window_rows", "window_columns"), shape, strict=True):
+                self.register_buffer(name, _window_sources(size, subsample, axes[0]), persistent=False)
         self.filters = [group.filters for group in groups]
+        self.slices = [slice(0, 1)] + [slice(f.start + 1, f.stop + 1, f.step) for f in self.filters[1:]]
         self.group_parts = [phi_parts] + [2] * (len(groups) - 1)
         for index, group in enumerate(groups):
             self._register(f"rows_{index}", group.rows)
@@ -194,10 +243,22 @@ class WaveletMaps(nn.Module):
         self.register_buffer(name, forward, persistent=False)
         self.register_buffer(f"{name}_adjoint", backward, persistent=False)
 
-    @property
-    def order(self):
-        """Filter numbers in the order in which the groups give them, φ (number n) first."""
-        return [f for filters in self.filters for f in filters]
+    def split(self, x):
+        """Cut large images (B, M, N, p·C) into overlapping windows (B·windows, m, n, p·C); differentiable."""
+        if self.windows is None:
+            return x
+        high, wide = self.windows
+        x = x.index_select(1, self.window_rows).index_select(2, self.window_columns)
+        x = x.unflatten(2, (wide, -1)).unflatten(1, (high, -1))  # (B, high, m, wide, n, p·C)
+        return x.transpose(2, 3).flatten(0, 2)
+
+    def join(self, y):
+        """Put windows' outputs (B·windows, m', n', C) together, (B, M', N', C); differentiable."""
+        if self.windows is None:
+            return y
+        high, wide = self.windows
+        y = y.unflatten(0, (-1, high, wide)).transpose(2, 3)  # (B, high, m', wide, n', C)
+        return y.flatten(3, 4).flatten(1, 2)
 
     def planes(self):
         """Number of real planes the transform gives for each channel."""
@@ -259,6 +320,14 @@ class WaveletMaps(nn.Module):
                 torch.baddbmm(total, rows.expand(b, -1, -1), mapped.view(b, -1, n * pc), beta=beta, out=total)
 
 
+def _window_sources(size, subsample, axis):
+    """Input indices of all windows of an axis, one window after another."""
+    whole = _Axis.whole(size, subsample)
+    starts = whole.outputs[:: len(axis.outputs)] - axis.outputs[0]
+    places = (starts[:, None] + np.arange(axis.size)) % len(whole.sources)
+    return torch.from_numpy(whole.sources[places].reshape(-1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The block as one differentiable operation
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,47 +342,35 @@ class Statistics:
     count: int = 0
 
 
-def modulus_features(coefficients, out):
-    """[φ, |ψ|] of a chunk: groups (P, parts, filters, C) -> `out` (P, 1 + n, C)."""
+def modulus_features(coefficients, slices, out):
+    """[φ, |ψ|] of a chunk: groups (P, parts, filters, C) -> `out` (P, 1 + n, C), each at its slice."""
     out[:, 0] = coefficients[0][:, 0, 0]
-    start = 1
-    for z in coefficients[1:]:
-        stop = start + z.shape[2]
-        _modulus(z, out[:, start:stop])
-        start = stop
+    for z, filters in zip(coefficients[1:], slices[1:], strict=True):
+        _modulus(z, out[:, filters])
 
 
-def modulus_gradients(gradient, features, coefficients):
+def modulus_gradients(gradient, features, coefficients, slices):
     """Gradients of the coefficients, over `coefficients`, from those of [φ, |ψ|] (over `gradient`)."""
     coefficients[0][:, 0, 0] = gradient[:, 0]
     ratio = gradient.div_(features.clamp_min(_SMALLEST_MODULUS))
-    start = 1
-    for z in coefficients[1:]:
-        stop = start + z.shape[2]
-        z.mul_(ratio[:, None, start:stop])
-        start = stop
+    for z, filters in zip(coefficients[1:], slices[1:], strict=True):
+        z.mul_(ratio[:, None, filters])
     return coefficients
 
 
-def skip_features(coefficients, out):
+def skip_features(coefficients, slices, out):
     """[Re z, |z|, Im z] of a chunk, z = [φ, ψ]: groups (P, 2, filters, C) -> `out` (P, 3, 1 + n, C)."""
-    start = 0
-    for z in coefficients:
-        stop = start + z.shape[2]
-        out[:, 0::2, start:stop] = z
-        _modulus(z, out[:, 1, start:stop])
-        start = stop
+    for z, filters in zip(coefficients, slices, strict=True):
+        out[:, 0::2, filters] = z
+        _modulus(z, out[:, 1, filters])
 
 
-def skip_gradients(gradient, features, sizes):
+def skip_gradients(gradient, features, slices):
     """Gradients of each group's coefficients from those of [Re z, |z|, Im z]; the coefficients are in `features`."""
     ratio = torch.div(gradient[:, 1], features[:, 1].clamp_min(_SMALLEST_MODULUS))
-    gradients, start = [], 0
-    for size in sizes:
-        part = slice(start, start + size)
-        gradients.append(torch.addcmul(gradient[:, 0::2, part], ratio[:, None, part], features[:, 0::2, part]))
-        start += size
-    return gradients
+    return [
+        torch.addcmul(gradient[:, 0::2, f], ratio[:, None, f], features[:, 0::2, f]).contiguous() for f in slices
+    ]
 
 
 def _modulus(z, out):
@@ -323,45 +380,42 @@ def _modulus(z, out):
 
 
 class _FusedBlock(torch.autograd.Function):
-    """x (B, M, N, p·C), real matrices of the projection -> y (B, M', N', q·C') and the features' statistics.
-
-    The matrices W_1, W_2, … give consecutive columns of y from the columns `plan.columns` of the features.
-    """
+    """x (B, M, N, p·C), W (C', D) real or complex -> y (B, M', N', q·C') and the features' statistics."""
 
     @staticmethod
-    def forward(ctx, x, plan, statistics, *matrices):
+    def forward(ctx, x, weight, plan, statistics):
         keep = any(ctx.needs_input_grad)
         ctx.batch_statistics = statistics is None
         if keep or statistics is None:
             features, statistics = plan.compute_features(x, statistics)
         else:
             features = None
-        folded, biases = plan.fold(matrices, statistics)
-        y, norm = plan.project(x, features, folded, biases)
+        matrices = plan.fold(weight, statistics)
+        y, norm = plan.project(x, features, matrices, statistics)
         if keep:
             ctx.plan, ctx.statistics = plan, statistics
-            ctx.save_for_backward(x, features, y, norm, *matrices)
+            ctx.save_for_backward(x, weight, features, y, norm, *matrices)
         count = torch.tensor(statistics.count)
         ctx.mark_non_differentiable(statistics.mean, statistics.var, count)
         return y, statistics.mean, statistics.var, count
 
     @staticmethod
     def backward(ctx, gradient, *_statistics):
-        x, features, y, norm, *matrices = ctx.saved_tensors
+        x, weight, features, y, norm, *matrices = ctx.saved_tensors
         plan, statistics = ctx.plan, ctx.statistics
         gradient = plan.undo_normalization(gradient, y, norm)
         total = gradient.sum(0)
-        products = [gradient[:, rows].t() @ features[:, columns] for rows, columns in plan.slices(matrices)]
-        scale = plan.scale(statistics)
-        weight_gradients = [
-            (product - torch.outer(total[rows], statistics.mean[columns])) * scale[columns]
-            for product, (rows, columns) in zip(products, plan.slices(matrices), strict=True)
+        # The gradient of W diag(r): products with the centred features.
+        products = [
+            (gradient[:, rows].t() @ features[:, columns]).addr_(total[rows], statistics.mean[columns], alpha=-1)
+            for rows, columns in plan.slices(matrices)
         ]
+        weight_gradient = plan.unfold(products, weight, statistics) if ctx.needs_input_grad[1] else None
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            slope, shift = plan.statistics_gradient(matrices, weight_gradients, total, statistics, ctx.batch_statistics)
-            x_gradient = plan.input_gradient(x, gradient, features, matrices, scale, slope, shift)
-        return x_gradient, None, None, *weight_gradients
+            slope, shift = plan.statistics_gradient(matrices, products, total, statistics, ctx.batch_statistics)
+            x_gradient = plan.input_gradient(x, gradient, features, matrices, slope, shift)
+        return x_gradient, weight_gradient, None, None
 
 
 class FusedBlock(nn.Module):
@@ -376,27 +430,60 @@ class FusedBlock(nn.Module):
         self.width = channels * transform.bank.shape[0] * (3 if skip else 1)  # real columns of the features
         number = transform.number
         psi = channels + torch.arange(channels * number).view(channels, number)
-        columns = [torch.arange(channels)] + [psi[:, f] for f in self.maps.order[1:]]
-        self.register_buffer("columns", torch.cat(columns), persistent=False)  # canonical channel of each column
-        self.register_buffer("places", torch.argsort(self.columns), persistent=False)
+        columns = torch.cat([torch.arange(channels), psi.t().flatten()])
+        self.register_buffer("columns", columns, persistent=False)  # canonical channel of each column
+        self.register_buffer("places", torch.argsort(columns), persistent=False)
 
     # -- from the module's weights and buffers to real columns, and back ------------------------------------------
 
-    def real_matrices(self, weight):
-        """W (C', D) in canonical channel order, real or complex -> the real matrices of `_FusedBlock`."""
+    def _pieces(self, is_complex):
+        """How W becomes real matrices: (matrix, block of rows, block of columns, half of W, part of W, sign).
+
+        y = W z gives q real rows for each channel; the columns are [φ, |ψ|], or [Re z, |z|, Im z] for a W with the
+        halves (z, |z|). Real weights of a complex z leave out their zeros: Im y comes from Im z alone.
+        """
         if not self.skip:
-            weight = weight[:, self.columns]
-            return [torch.cat([weight.real, weight.imag])] if weight.is_complex() else [weight]
-        half = weight.shape[1] // 2
-        linear, modulus = weight[:, self.columns], weight[:, half + self.columns]
-        if not weight.is_complex():
-            return [torch.cat([linear, modulus], 1), linear]
-        real = torch.cat([linear.real, modulus.real, -linear.imag], 1)
-        imaginary = torch.cat([linear.imag, modulus.imag, linear.real], 1)
-        return [torch.cat([real, imaginary])]
+            return [(0, part, 0, 0, part, 1) for part in range(1 + is_complex)]
+        if not is_complex:
+            return [(0, 0, 0, 0, 0, 1), (0, 0, 1, 1, 0, 1), (1, 0, 2, 0, 0, 1)]
+        return [(0, 0, 0, 0, 0, 1), (0, 0, 1, 1, 0, 1), (0, 0, 2, 0, 1, -1),
+                (0, 1, 0, 0, 1, 1), (0, 1, 1, 1, 1, 1), (0, 1, 2, 0, 0, 1)]
+
+    def _views(self, weight, matrices):
+        """Views of φ (rows, C) and ψ (rows, n, C) for every piece of W: (in a matrix, in W, columns, sign)."""
+        rows, c = len(weight), self.channels
+        parts = torch.view_as_real(weight).unbind(-1) if weight.is_complex() else [weight]
+        third = self.width // (3 if self.skip else 1)
+        slices = self.slices(matrices)
+        for number, row, block, half, part, sign in self._pieces(weight.is_complex()):
+            start = block * third - slices[number][1].start
+            target = matrices[number][row * rows : (row + 1) * rows, start : start + third]
+            source = parts[part][:, half * third : (half + 1) * third]
+            phi, psi = slice(block * third, block * third + c), slice(block * third + c, (block + 1) * third)
+            yield target[:, :c], source[:, :c], phi, sign
+            yield (target[:, c:].unflatten(1, (-1, c)), source[:, c:].unflatten(1, (c, -1)).transpose(1, 2), psi, sign)
+
+    def fold(self, weight, statistics):
+        """W in canonical order -> the real matrices of W diag(r), giving consecutive columns of y."""
+        scale = self.scale(statistics)
+        rows = len(weight) * (2 if weight.is_complex() else 1)
+        third = self.width // (3 if self.skip else 1)
+        widths = [2 * third, third] if self.skip and not weight.is_complex() else [self.width]
+        matrices = [scale.new_empty(rows, width) for width in widths]
+        for target, source, columns, sign in self._views(weight, matrices):
+            torch.mul(source, sign * scale[columns].view(target.shape[1:]), out=target)
+        return matrices
+
+    def unfold(self, gradients, weight, statistics):
+        """Gradients of the real matrices of W diag(r) -> the gradient of W."""
+        scale = self.scale(statistics)
+        total = torch.zeros_like(weight)
+        for gradient, target, columns, sign in self._views(total, gradients):
+            target.addcmul_(gradient, sign * scale[columns].view(gradient.shape[1:]))
+        return total
 
     def slices(self, matrices):
-        """(rows of y, columns of the features) of each matrix."""
+        """(columns of y, columns of the features) of each real matrix."""
         if len(matrices) == 1:
             return [(slice(0, len(matrices[0])), slice(0, self.width))]
         rows, third = len(matrices[0]), self.width // 3
@@ -432,9 +519,9 @@ class FusedBlock(nn.Module):
         """Features of a chunk of images, (P, width), written to `out`; returns the coefficients."""
         coefficients = self.maps(x)
         if self.skip:
-            skip_features(coefficients, out.view(len(out), 3, -1, self.channels))
+            skip_features(coefficients, self.maps.slices, out.view(len(out), 3, -1, self.channels))
         else:
-            modulus_features(coefficients, out.view(len(out), -1, self.channels))
+            modulus_features(coefficients, self.maps.slices, out.view(len(out), -1, self.channels))
         return coefficients
 
     def compute_features(self, x, statistics):
@@ -465,19 +552,13 @@ class FusedBlock(nn.Module):
     def scale(self, statistics):
         return torch.rsqrt(statistics.var + EPSILON) if self.standardized else torch.ones_like(statistics.var)
 
-    def fold(self, matrices, statistics):
-        """Fold the standardisation into the projection: W diag(r) and -W diag(r) m."""
-        scale = self.scale(statistics)
-        slices = self.slices(matrices)
-        folded = [w * scale[columns] for w, (_, columns) in zip(matrices, slices, strict=True)]
-        biases = [-(w @ statistics.mean[columns]) for w, (_, columns) in zip(folded, slices, strict=True)]
-        return folded, biases
-
-    def project(self, x, features, folded, biases):
+    def project(self, x, features, matrices, statistics):
         """y (B, M', N', q·C') and, if it is normalised, the norms (B·M'·N', 1) it was divided by."""
         height, width = self.maps.out_shape
         positions = height * width
-        channels = sum(len(matrix) for matrix in folded)
+        channels = sum(len(matrix) for matrix in matrices)
+        slices = self.slices(matrices)
+        biases = [-(w @ statistics.mean[columns]) for w, (_, columns) in zip(matrices, slices, strict=True)]
         y = x.new_empty(len(x), height, width, channels)
         flat = y.view(-1, channels)
         norms = x.new_empty(len(flat), 1) if self.normalized else None
@@ -491,7 +572,7 @@ class FusedBlock(nn.Module):
                 self.chunk_features(x[chunk], part)
             else:
                 part = features[rows]
-            for matrix, bias, (outputs, columns) in zip(folded, biases, self.slices(folded), strict=True):
+            for matrix, bias, (outputs, columns) in zip(matrices, biases, slices, strict=True):
                 torch.addmm(bias, part[:, columns], matrix.t(), out=flat[rows, outputs])
             if self.normalized:
                 torch.linalg.vector_norm(flat[rows], dim=1, keepdim=True, out=norms[rows])
@@ -506,44 +587,45 @@ class FusedBlock(nn.Module):
         radial = torch.linalg.vecdot(gradient, y)[:, None]
         return torch.addcmul(gradient, y, radial, value=-1).div_(norms)
 
-    def statistics_gradient(self, matrices, weight_gradients, total, statistics, of_batch):
-        """What the batch's own statistics add to the features' gradient: features·slope + shift, each (width,)."""
-        slope = torch.zeros(self.width, device=total.device)
-        shift = torch.zeros(self.width, device=total.device)
+    def statistics_gradient(self, matrices, products, total, statistics, of_batch):
+        """What the batch's own statistics add to the features' gradient: features·slope + shift, each (width,).
+
+        With W' = W diag(r), the gradient of x̂ summed against x̂ is the column sums of W'·(its gradient).
+        """
+        slope, shift = torch.zeros_like(statistics.var), torch.zeros_like(statistics.var)
         if not (self.standardized and of_batch):
             return slope, shift
-        for w, dw, (rows, columns) in zip(matrices, weight_gradients, self.slices(matrices), strict=True):
-            slope[columns] += (w * dw).sum(0)
+        for w, product, (rows, columns) in zip(matrices, products, self.slices(matrices), strict=True):
+            slope[columns] += (w * product).sum(0)
             shift[columns] += total[rows] @ w
         sum_over_ranks(slope, shift)
         if self.skip:
             real, modulus, imaginary = slope.chunk(3)
             slope = torch.cat([real + imaginary, modulus, real + imaginary])
-        scale = self.scale(statistics)
-        slope = -(scale**2) * slope / statistics.count
+        slope *= -(self.scale(statistics) ** 2) / statistics.count
         if self.standardized == "homogeneous":
-            return slope, torch.zeros_like(slope)
-        return slope, -scale * shift / statistics.count - slope * statistics.mean
+            return slope, torch.zeros_like(shift)
+        return slope, -shift / statistics.count - slope * statistics.mean
 
-    def input_gradient(self, x, gradient, features, matrices, scale, slope, shift):
+    def input_gradient(self, x, gradient, features, matrices, slope, shift):
         """Gradient of x (B, M, N, p·C), a chunk at a time."""
         positions = math.prod(self.maps.out_shape)
         x_gradient = torch.empty_like(x)
-        folded = [w * scale[columns] for w, (_, columns) in zip(matrices, self.slices(matrices), strict=True)]
-        sizes = [len(filters) for filters in self.maps.filters]
         for chunk in self.chunks(x):
             rows = slice(chunk.start * positions, chunk.stop * positions)
             part = features[rows]
             part_gradient = torch.empty_like(part)
-            for matrix, (outputs, columns) in zip(folded, self.slices(matrices), strict=True):
+            for matrix, (outputs, columns) in zip(matrices, self.slices(matrices), strict=True):
                 torch.addmm(shift[columns], gradient[rows, outputs], matrix, out=part_gradient[:, columns])
             part_gradient.addcmul_(part, slope)
             if self.skip:
                 shape = (len(part), 3, -1, self.channels)
-                gradients = skip_gradients(part_gradient.view(shape), part.view(shape), sizes)
+                gradients = skip_gradients(part_gradient.view(shape), part.view(shape), self.maps.slices)
             else:
                 shape = (len(part), -1, self.channels)
-                gradients = modulus_gradients(part_gradient.view(shape), part.view(shape), self.maps(x[chunk]))
+                coefficients = self.maps(x[chunk])
+                gradients = modulus_gradients(
+                    part_gradient.view(shape), part.view(shape), coefficients, self.maps.slices)
             self.maps.adjoint(gradients, x_gradient[chunk])
         return x_gradient
 
@@ -561,17 +643,18 @@ class FusedBlock(nn.Module):
             statistics = Statistics(zero, zero + 1)
         else:
             statistics = None if std.training else self.column_statistics(std)
-        y, mean, var, count = _FusedBlock.apply(x, self, statistics, *self.real_matrices(weight))
+        y, mean, var, count = _FusedBlock.apply(self.maps.split(x).contiguous(), weight, self, statistics)
         if statistics is None:
             std.update(*self.channel_statistics(mean, var), int(count))
-        return y
+        return self.maps.join(y)
 
     @torch.no_grad()
     def features(self, x):
         """x (B, C, M, N) -> [φ, |ψ|] or [z, |z|] (B, D, M', N') in canonical channel order; no gradients."""
         statistics = Statistics(x.new_zeros(0), x.new_zeros(0))
-        features, _ = self.compute_features(to_planar(x), statistics)
-        features = features.view(len(x), *self.maps.out_shape, -1).movedim(-1, 1)  # (B, width, M', N')
+        features, _ = self.compute_features(self.maps.split(to_planar(x)).contiguous(), statistics)
+        features = self.maps.join(features.view(-1, *self.maps.out_shape, self.width))  # (B, M', N', width)
+        features = features.movedim(-1, 1)
         if not self.skip:
             return features[:, self.places]
         real, modulus, imaginary = (part[:, self.places] for part in features.chunk(3, 1))
