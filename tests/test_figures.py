@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 
 import models
@@ -84,7 +86,7 @@ def synthetic(number):
 @pytest.mark.parametrize("number", FIGURES)
 def test_every_figure_is_drawn_from_numbers_alone(number, tmp_path):
     numbers = FigureData(synthetic(number), {})
-    canvas = figures.draw(FIGURES[number], numbers, load_published(KEPT).get(FIGURES[number].name))
+    canvas = figures.draw(FIGURES[number], numbers, load_published().get(FIGURES[number].name))
     paths = figures.save(canvas, tmp_path, "figure")
     assert [path.suffix for path in paths] == [".pdf", ".png"]
     pixels = np.asarray(Image.open(paths[1]).convert("L"))
@@ -118,7 +120,7 @@ def test_the_key_of_checkpoints_follows_their_contents(tmp_path):
 
 
 def test_claims_and_comparisons_read_the_same_numbers():
-    published = load_published(KEPT)
+    published = load_published()
     for number, figure in FIGURES.items():
         numbers = FigureData(synthetic(number), {})
         claims = claims_of(number, numbers)
@@ -131,6 +133,45 @@ def test_claims_and_comparisons_read_the_same_numbers():
 def test_small_helpers():
     assert width_label(0.125) == "$2^{-3}$" and width_label(3) == "3"
     assert len(shades("plasma", 1)) == 1 and len(shades("cool", 3)) == 3
+
+
+# --- The numbers that are kept, of the laptop scale ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", FIGURES)
+def test_the_papers_claims_hold_in_the_kept_numbers(number):
+    numbers = load_numbers(data_path("laptop", FIGURES[number].name, KEPT))
+    assert {"command", "commit", "date", "experiments", "checkpoints"} <= set(numbers.provenance)
+    known = set(experiments.by_name("laptop"))
+    assert set(numbers.provenance["experiments"]) <= known
+    for claim in claims_of(number, numbers):
+        assert claim.holds or claim.note, f"{claim.text}: {claim.measured}"
+
+
+def test_rainbow_networks_come_near_the_trained_ones():
+    numbers = load_numbers(data_path("laptop", "resampling_width", KEPT))
+    at = {width: place for place, width in enumerate(numbers["widths"])}
+    gap = numbers["trained"] - numbers["rainbow"]
+    assert gap[at[1]] <= 5 and gap[at[2]] <= 3
+    assert (numbers["rainbow"] - numbers["white"])[at[0.5]] >= 10
+
+
+def test_the_notebook_runs_from_the_kept_numbers():
+    notebook = nbformat.read(ROOT / "paper_figs.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        if "gallery.show(" in cell.source:
+            kinds = [kind for output in outputs for kind in output.get("data", {})]
+            assert "image/png" in kinds, f"{cell.source} draws nothing"
+
+
+def test_the_committed_notebook_is_executed_at_laptop_scale():
+    notebook = nbformat.read(ROOT / "paper_figs.ipynb", as_version=4)
+    sources = [cell.source for cell in notebook.cells]
+    assert sum(source.startswith("gallery.show(") for source in sources) == len(FIGURES)
+    assert any('SCALE = "laptop"' in source and "RECOMPUTE = False" in source for source in sources)
+    assert all(cell.outputs for cell in notebook.cells if cell.source.startswith("gallery.show"))
 
 
 # --- Checkpoints of the paper's names, tiny and untrained ---------------------------------------------------------

@@ -20,6 +20,7 @@ from utils.checkpoints import atomic_write, read_json
 from utils.errors import UserError
 
 ROOT = Path("notebook_data")
+PUBLISHED = Path(__file__).parents[1] / ROOT / "published.json"
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def load_numbers(path: Path) -> FigureData:
     return FigureData(arrays, provenance)
 
 
-def load_published(root: Path = ROOT) -> dict:
+def load_published() -> dict:
     """The numbers published by the paper's authors, by figure. Raises UserError."""
-    return read_json(Path(root) / "published.json")
+    return read_json(PUBLISHED)
 
 
 def provenance(command: str, experiments: list[str], key: str) -> dict:

@@ -127,22 +127,6 @@ def save(canvas: Canvas, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def file_name(figure: Figure) -> str:
-    """Name of a figure's files: its number first, so that they stand in order."""
-    return f"{figure.number}_{figure.name}"
-
-
-def published_for(figure: Figure, scale: str, root: Path = ROOT) -> dict | None:
-    """The published numbers that may be drawn into a figure of a scale; None where scale or data differ."""
-    return load_published(root).get(figure.name) if scale == "paper" else None
-
-
-def comparison_table(figure: Figure, numbers: FigureData, root: Path = ROOT) -> str:
-    """Markdown: the figure's published numbers beside this run's; "" where none were published."""
-    rows = comparison(figure.number, numbers, load_published(root).get(figure.name, {}))
-    return _markdown(("", "published", "this run"), rows) if rows else ""
-
-
 def claims_table(claims: list[Claim]) -> str:
     """Markdown: all claims, published and of this run, and whether they hold."""
     words = {True: "yes", False: "**no**", None: "cannot be told"}
@@ -156,44 +140,69 @@ def _markdown(header, rows):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def all_claims(scale: str, root: Path = ROOT) -> list[Claim]:
-    """The claims of all figures whose numbers are kept."""
-    kept = [(figure, data_path(scale, figure.name, root)) for figure in FIGURES.values()]
-    return [claim for figure, path in kept if path.exists() for claim in claims_of(figure.number, load_numbers(path))]
+class Gallery:
+    """The figures of a scale: from numbers that are kept under `root`, or made anew, to files under `out`.
 
+    recompute: make the numbers anew where they are not of the checkpoints that are there. checkpoints, places, batch:
+    of `Source`. command: what is noted as having made new numbers. Raises UserError for a scale or device that is not.
+    """
 
-def show(number: int, scale: str, recompute: bool = False, device: str = "auto", checkpoints: str = "checkpoints",
-         out: str = "figures", root: Path = ROOT) -> None:
-    """In a notebook: a figure, how its numbers were made, and the published ones beside them. Saves it, too."""
-    from IPython.display import Image, Markdown, display
+    def __init__(self, scale: str, recompute: bool = False, device: str = "auto", *, checkpoints: str = "checkpoints",
+                 places: dict | None = None, batch: int = 128, out: str | Path = "figures", root: str | Path = ROOT,
+                 command: str = "paper_figs.ipynb with RECOMPUTE = True"):
+        if scale not in SCALES:
+            raise UserError(f"no scale {scale!r}: choose {' or '.join(SCALES)}")
+        self.scale, self.recompute, self.command = scale, recompute, command
+        self.root, self.folder = Path(root), Path(out) / scale
+        self.source = Source(scale, checkpoints, pick_device(device), places, batch)
 
-    figure = FIGURES[number]
-    try:
-        if recompute:
-            command = f"paper_figs.ipynb with SCALE = {scale!r}, RECOMPUTE = True"
-            numbers = compute(figure, Source(scale, checkpoints, pick_device(device)), command, root)
-        else:
-            numbers = load_numbers(data_path(scale, figure.name, root))
-    except UserError as error:
-        display(Markdown(f"**Figure {number} cannot be drawn.** {error}"))
-        return
-    canvas = draw(figure, numbers, published_for(figure, scale, root))
-    paths = save(canvas, Path(out) / scale, file_name(figure))
-    picture = io.BytesIO()
-    canvas.savefig(picture, format="png", dpi=100)
-    display(Image(picture.getvalue()))
-    made = numbers.provenance
-    text = (f"Numbers of {len(made['experiments'])} experiments, made {made['date']} at commit `{made['commit']}` by "
-            f"`{made['command']}`; saved as `{paths[0]}` and `.png`.")
-    table = comparison_table(figure, numbers, root) if scale != "paper" else ""
-    display(Markdown(text + ("\n\n" + table if table else "")))
+    def numbers(self, figure: Figure) -> FigureData:
+        """The numbers of a figure. Raises UserError where they are neither kept nor can be made."""
+        path = data_path(self.scale, figure.name, self.root)
+        if path.exists() and not self.recompute:
+            return load_numbers(path)
+        return compute(figure, self.source, self.command, self.root)
 
+    def make(self, number: int) -> tuple[FigureData, Canvas, list[Path]]:
+        """A figure's numbers, the figure and its files, PDF and PNG. Raises RunError."""
+        figure = FIGURES[number]
+        numbers = self.numbers(figure)
+        canvas = draw(figure, numbers, self._published(figure) if self.scale == "paper" else None)
+        return numbers, canvas, save(canvas, self.folder, f"{number}_{figure.name}")
 
-def show_claims(scale: str, root: Path = ROOT) -> None:
-    """In a notebook: the table of all claims."""
-    from IPython.display import Markdown, display
+    def claims(self) -> list[Claim]:
+        """The claims of all figures whose numbers are kept."""
+        kept = [(figure, data_path(self.scale, figure.name, self.root)) for figure in FIGURES.values()]
+        return [claim for figure, path in kept if path.exists()
+                for claim in claims_of(figure.number, load_numbers(path))]
 
-    display(Markdown(claims_table(all_claims(scale, root))))
+    def show(self, number: int) -> None:
+        """In a notebook: a figure, how its numbers were made, and the published ones if they are of another scale."""
+        from IPython.display import Image, Markdown, display
+
+        try:
+            numbers, canvas, paths = self.make(number)
+        except RunError as error:
+            display(Markdown(f"**Figure {number} cannot be drawn.** {error}"))
+            return
+        picture = io.BytesIO()
+        canvas.savefig(picture, format="png", dpi=100)
+        display(Image(picture.getvalue()))
+        made = numbers.provenance
+        text = (f"Numbers of {len(made['experiments'])} experiments, made {made['date']} at commit "
+                f"`{made['commit']}` by `{made['command']}`; saved as `{paths[0]}` and `.png`.")
+        rows = [] if self.scale == "paper" else comparison(number, numbers, self._published(FIGURES[number]) or {})
+        table = _markdown(("", "published", "this run"), rows) if rows else ""
+        display(Markdown(f"{text}\n\n{table}"))
+
+    def show_claims(self) -> None:
+        """In a notebook: the table of all claims."""
+        from IPython.display import Markdown, display
+
+        display(Markdown(claims_table(self.claims())))
+
+    def _published(self, figure):
+        return load_published().get(figure.name)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -219,38 +228,34 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: at least 1")
-    places = {"data": args.data, "data_dir": args.data_dir}
-    source = Source(args.scale, args.checkpoints, pick_device(args.device), places, args.batch_size)
-    command = "python -m utils.figures " + " ".join(sys.argv[1:] if argv is None else argv)
+    gallery = Gallery(
+        args.scale, args.recompute, args.device, checkpoints=args.checkpoints, batch=args.batch_size, out=args.out,
+        places={"data": args.data, "data_dir": args.data_dir}, root=args.numbers,
+        command="python -m utils.figures " + " ".join(sys.argv[1:] if argv is None else argv),
+    )  # fmt: skip
     problems = 0
     for number in args.figure:
-        figure = FIGURES[number]
-        print(f"figure {number}: {figure.title}", flush=True)
+        print(f"figure {number}: {FIGURES[number].title}", flush=True)
         try:
-            path = data_path(args.scale, figure.name, args.numbers)
-            kept = not args.recompute and path.exists()
-            numbers = load_numbers(path) if kept else compute(figure, source, command, args.numbers)
-            canvas = draw(figure, numbers, published_for(figure, args.scale, args.numbers))
-            save(canvas, args.out / args.scale, file_name(figure))
+            gallery.make(number)
         except RunError as error:
             problems += 1
             print(f"figures: error: {error}", file=sys.stderr)
-    _write_claims(args)
+    _write_claims(gallery)
     return 2 if problems else 0
 
 
-def _write_claims(args):
-    claims = all_claims(args.scale, args.numbers)
+def _write_claims(gallery):
+    claims, path = gallery.claims(), gallery.folder / "claims.md"
     if not claims:
         return
-    path = args.out / args.scale / "claims.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    title = f"# The paper's claims at the {args.scale} scale\n\n"
-    atomic_write(path, lambda file: file.write((title + claims_table(claims) + "\n").encode()))
-    held = sum(claim.holds is True for claim in claims)
+    text = f"# The paper's claims at the {gallery.scale} scale\n\n{claims_table(claims)}\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
     for claim in claims:
         if claim.holds is not True:
             print(f"figure {claim.figure}: does not hold here: {claim.text}: {claim.measured}")
+    held = sum(claim.holds is True for claim in claims)
     print(f"{held} of {len(claims)} claims hold; figures are in {path.parent}, the table of claims is {path}")
 
 
