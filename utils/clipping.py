@@ -66,12 +66,13 @@ class _Restricted:
     def __init__(self, layer, bases, ranks, device):
         if list(ranks) != sorted(set(ranks)) or not len(ranks) or ranks[0] < 0:
             raise UserError("ranks are different whole numbers from 0 up, in increasing order")
-        weight = layer.get()  # (N, D)
+        weight = to_double(layer.get())  # (N, D)
         self.layer, self.copies = layer, len(bases) * len(ranks)
         self.bases = []
         for name, basis in bases.items():
             vectors, step = _full_basis(layer, name, basis, ranks[-1])
-            responses = to_double(weight).to(vectors.dtype) @ vectors.to(weight.device)  # (N, R) W e_r
+            vectors = vectors.to(weight.device)
+            responses = weight.to(vectors.dtype) @ vectors  # (N, R) W e_r
             dtype = torch.complex64 if vectors.is_complex() or layer.is_complex else torch.float32
             ends = [rank * step for rank in ranks]
             self.bases.append((vectors.conj().to(device, dtype), responses.mT.to(device, dtype), ends))

@@ -168,7 +168,8 @@ def schatten(eigenvalues: Tensor, norm: str) -> Tensor:
 
 def explained_variance(weights: Tensor, basis: Tensor) -> Tensor:
     """Share of ‖W‖² that lies in the first d columns of an orthonormal basis (D, R), d = 0..R. # (R + 1,)"""
-    weights, basis = _same_type(_checked_rows(weights, basis.shape[0]), to_double(basis))
+    weights = _checked_rows(weights, basis.shape[0])
+    weights, basis = _same_type(weights, to_double(basis).to(weights.device))
     norms = torch.linalg.vector_norm(weights @ basis, dim=0) ** 2
     total = torch.linalg.vector_norm(weights) ** 2
     return torch.cat([norms.new_zeros(1), norms.cumsum(0)]) / total
