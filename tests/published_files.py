@@ -85,7 +85,7 @@ def write_mnist(data_dir, count=30):
 
 
 def write_imagenet32(folder, per_batch=4):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for i, name in enumerate([f"train_data_batch_{b}" for b in range(1, 11)] + ["val_data"]):
         images, labels = random_images(per_batch, 32, seed=i), np.arange(per_batch) + 1 + 90 * i

@@ -31,6 +31,7 @@ from torchvision import datasets as theirs
 from torchvision import transforms
 from torchvision.transforms import functional
 
+import main_block
 from utils import downloads
 from utils.batches import MemorySet, Normalization, crop_and_flip, draw_crop, random_part
 from utils.datasets import load_datasets
@@ -301,6 +302,27 @@ def test_parts_of_extreme_images(height, width):
         assert (h, w) == tuple(transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))[2:])
 
 
+# an epoch of each
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "imagenet", "imagenet32"])
+def test_a_network_trains_on_files(name, tmp_path):
+    writers = {
+        "cifar10": write_cifar10,
+        "cifar100": write_cifar100,
+        "mnist": write_mnist,
+        "imagenet": write_imagenet,
+        "imagenet32": write_imagenet32,
+    }
+    writers[name](tmp_path)
+    place = ["--data" if "imagenet" in name else "--data-dir", str(tmp_path)]
+    network = ["-a", "Fw Std Pr N", "--psi-arch", "mod", "--Pr-size", "4", "--n-blocks", "2", "--resize-images", "16"]
+    run = ["--epochs", "1", "--batch-size", "16", "--device", "cpu", "--workers", "1", "--checkpoints", str(tmp_path)]
+    assert main_block.main(["--dataset", name, *place, *network, *run, "--dir", "run"]) == 0
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3 and rows[2].startswith("1,")
+
+
 # options
 
 
@@ -358,6 +380,7 @@ def explained(call, *parts):
     with pytest.raises(UserError) as error:
         call()
     message = str(error.value)
+    assert error.value.exit_status == 2
     assert "\n" not in message and all(str(part) in message for part in parts), message
 
 
@@ -526,7 +549,7 @@ def test_workers_leave_a_schedulers_signal_to_their_parent(tmp_path):
     "script, options, expected",
     [
         ("pipeline.py", ["--images", "600", "--repeats", "1"], "times faster than torchvision"),
-        ("imagenet_load.py", ["--images", "600", "--epochs", "2", "--size", "32"], "6 named, once each, of 6"),
+        ("imagenet_load.py", ["--images", "300", "--epochs", "1", "--size", "32"], "3 named, once each, of 3"),
     ],
 )
 def test_benchmarks_run(script, options, expected):
