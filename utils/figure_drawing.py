@@ -138,9 +138,9 @@ def _longest(ax):
 
 
 def _floor(ax, lowest):
-    """Cut a logarithmic axis at `lowest`, below which eigenvalues are rounding errors."""
-    bottom, top = ax.get_ylim()
-    ax.set_ylim(max(bottom, lowest), top)
+    """Fit a logarithmic axis to its lines, cut at `lowest`, below which eigenvalues are rounding errors."""
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    ax.set_ylim(max(0.5 * values.min(), lowest), 2 * values.max())
 
 
 def alignment_convergence(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
@@ -156,8 +156,14 @@ def alignment_convergence(axes: dict[str, Axes], numbers: FigureData, published:
         ax.set_xscale("log", base=2)
         ax.set(yscale="log", title=title, xlabel="width scaling $s$", xticks=widths)
         _plain_log_ticks(ax)
-        ax.legend(loc="lower left", ncols=3 if len(layers) > 8 else 1, fontsize=6.5 if len(layers) > 8 else None)
+        _legend_beside(ax)
     axes["scattering"].set_ylabel("relative alignment error (test)")
+
+
+def _legend_beside(ax):
+    """A legend to the right of the axes, small where it is long."""
+    long = len(ax.get_legend_handles_labels()[0]) > 8
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=6.5 if long else None)
 
 
 def _plain_log_ticks(ax):
@@ -236,17 +242,15 @@ def imagenet_spectra(axes: dict[str, Axes], numbers: FigureData, published: dict
             offset = 10 ** (3 * row / max(len(layers) - 1, 1))
             _spectrum(activations, numbers[f"{name}_activations_{layer}"], color, f"$j = {layer}$", offset)
             values = numbers[f"{name}_weights_{layer}"]
-            weights.plot(np.arange(1, len(values) + 1), values / values.mean(), color=color)
-        activations.set_ylim(1e-6, 3e3)
+            weights.plot(np.arange(1, len(values) + 1), values / values.mean(), color=color, label=f"$j = {layer}$")
         activations.set_title(f"{title}: activations (apart by up to $10^3$)")
         weights.set_title(f"{title}: weights")
-        weights.set_ylim(bottom=max(weights.get_ylim()[0], 1e-5))
         for ax in (activations, weights):
             ax.set(xscale="log", yscale="log", xlabel="rank $m$")
+            _floor(ax, 1e-6)
         activations.set_ylabel(r"eigenvalues of $E[\phi_{j-1}\phi_{j-1}^{\mathrm{T}}]$")
         weights.set_ylabel(r"eigenvalues of $\hat{C}_j$ (mean 1)")
-        ncols = 3 if len(layers) > 8 else 2
-        activations.legend(loc="lower left", ncols=ncols, fontsize=6.5, columnspacing=0.8, handlelength=1)
+        _legend_beside(weights)
 
 
 def clipping(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
