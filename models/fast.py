@@ -32,6 +32,7 @@ _LARGE_IMAGE = 48  # measured: from this size on, images are cut into windows of
 _WINDOWS = (16, 14, 12, 20, 24, 28)
 _FEW_CHANNELS = 32  # measured: with fewer, images go through side by side, as channels of one
 _CHUNK_BYTES = 4 << 20  # measured: wavelet coefficients of a chunk on a CPU
+_CHUNK_ROWS = 384  # measured: with fewer, reading the weights dominates the projection
 _CHUNK_BYTES_GPU = 1 << 30
 _SMALLEST_MODULUS = 1e-18  # below it the modulus has no gradient
 
@@ -477,9 +478,15 @@ class FusedBlock(nn.Module):
     def unfold(self, gradients, weight, statistics):
         """Gradients of the real matrices of W diag(r) -> the gradient of W."""
         scale = self.scale(statistics)
-        total = torch.zeros_like(weight)
+        total = torch.empty_like(weight)
+        begun = set()
         for gradient, target, columns, sign in self._views(total, gradients):
-            target.addcmul_(gradient, sign * scale[columns].view(gradient.shape[1:]))
+            factor = sign * scale[columns].view(gradient.shape[1:])
+            if target.data_ptr() in begun:
+                target.addcmul_(gradient, factor)
+            else:
+                torch.mul(gradient, factor, out=target)
+                begun.add(target.data_ptr())
         return total
 
     def slices(self, matrices):
@@ -512,7 +519,8 @@ class FusedBlock(nn.Module):
     def chunks(self, x):
         """Slices of the batch whose wavelet coefficients fit the processor's cache."""
         per_image = 4 * self.channels * self.maps.planes() * math.prod(self.maps.out_shape)
-        size = max(1, (_CHUNK_BYTES_GPU if x.is_cuda else _CHUNK_BYTES) // per_image)
+        size = (_CHUNK_BYTES_GPU if x.is_cuda else _CHUNK_BYTES) // per_image
+        size = max(size, -(-_CHUNK_ROWS // math.prod(self.maps.out_shape)))
         return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
     def chunk_features(self, x, out):
@@ -596,7 +604,8 @@ class FusedBlock(nn.Module):
         if not (self.standardized and of_batch):
             return slope, shift
         for w, product, (rows, columns) in zip(matrices, products, self.slices(matrices), strict=True):
-            slope[columns] += (w * product).sum(0)
+            for w_rows, product_rows in zip(w.split(_CHUNK_ROWS), product.split(_CHUNK_ROWS), strict=True):
+                slope[columns] += (w_rows * product_rows).sum(0)
             shift[columns] += total[rows] @ w
         sum_over_ranks(slope, shift)
         if self.skip:
