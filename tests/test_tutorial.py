@@ -1,0 +1,467 @@
+"""The tutorial: theorems about its library, agreement with utils/, and the notebook, held to what its text says."""
+import ast
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from nbclient import NotebookClient
+
+import tutorial_lib as lib
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORKS = {"MLP": (lib.MLP, (24, 16)), "CNN": (lib.CNN, (6, 8))}
+on_cpu = pytest.mark.skipif(lib.pick_device().type != "cpu", reason="compares tensors bit by bit on the CPU")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return lib.load_data("digits")
+
+
+@pytest.fixture(params=NETWORKS)
+def pair(request, data):
+    """Two small networks of each kind, with random weights."""
+    make, widths = NETWORKS[request.param]
+    return [make(data.shape, widths, seed=seed) for seed in (0, 1)]
+
+
+def random_matrix(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# the library is what a class can read
+
+
+def test_is_short_and_stands_alone():
+    source = (ROOT / "tutorial_lib.py").read_text()
+    assert len(source.splitlines()) <= 350
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported <= sys.stdlib_module_names | {"matplotlib", "numpy", "sklearn", "torch", "torchvision"}
+
+
+# data
+
+
+def test_digits_are_split_and_standardised(data):
+    assert (len(data.x_train), len(data.x_test), data.shape) == (1297, 500, (1, 8, 8))
+    assert abs(data.x_train.mean()) < 1e-5 and abs(data.x_train.std() - 1) < 1e-5
+    again = lib.load_data("digits")
+    assert torch.equal(again.x_test, data.x_test) and torch.equal(again.y_test, data.y_test)
+
+
+def test_an_unknown_data_set_is_refused():
+    with pytest.raises(ValueError, match="'digits' or 'cifar10'"):
+        lib.load_data("mnist")
+
+
+def test_cifar_is_gray_and_standardised(monkeypatch, tmp_path):
+    def photographs(root, train, download):
+        images = np.random.RandomState(int(train)).randint(0, 256, (20 if train else 10, 32, 32, 3), dtype=np.uint8)
+        return SimpleNamespace(data=images, targets=[k % 10 for k in range(len(images))])
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", photographs)
+    data = lib.load_data("cifar10", tmp_path)
+    assert (len(data.x_train), len(data.x_test), data.shape) == (20, 10, (1, 32, 32))
+    assert abs(data.x_train.mean()) < 1e-5 and abs(data.x_train.std() - 1) < 1e-5
+    gray = photographs(None, False, True).data.mean(3)
+    assert np.corrcoef(gray.ravel(), data.x_test.cpu().numpy().ravel())[0, 1] > 1 - 1e-6
+
+
+# networks
+
+
+def test_networks_compute_the_formula(pair, data):
+    net, x = pair[0], data.x_test[:7]
+    W = [layer.weight for layer in net.layers]
+    if isinstance(net, lib.MLP):
+        phi_2 = F.relu(F.relu(x.flatten(1) @ W[0].T) @ W[1].T)
+    else:
+        phi_2 = F.relu(F.conv2d(F.relu(F.conv2d(x, W[0], stride=2, padding=2)), W[1], stride=2, padding=2))
+    assert torch.allclose(net.activations(x)[2], phi_2, atol=1e-6)
+    assert torch.allclose(net(x), phi_2.flatten(1) @ W[2].T, atol=1e-6)
+
+
+def test_the_seed_makes_the_network(data):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    nets = [lib.MLP(data.shape, (8, 4), seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(nets[0].weight(1), nets[1].weight(1)) and not torch.equal(nets[0].weight(1), nets[2].weight(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@on_cpu
+def test_training_learns_and_repeats(data):
+    nets = [lib.train(lib.MLP(data.shape, (32, 16)), data, epochs=3, lr=0.05, batch_size=32, seed=1) for _ in range(2)]
+    assert torch.equal(nets[0].weight(2), nets[1].weight(2))
+    assert lib.accuracies(nets, data)[0] > 80
+
+
+def test_many_networks_at_once_are_each_on_its_own(pair, data):
+    one_by_one = [lib.accuracies([net], data, batch_size=37)[0] for net in pair]
+    assert lib.accuracies(pair, data) == pytest.approx(one_by_one)
+    right = (pair[0](data.x_test).argmax(1) == data.y_test).double().mean()
+    assert one_by_one[0] == pytest.approx(100 * right.item())
+
+
+def test_setting_a_weight_gives_it_back(pair):
+    for net in pair:
+        for j in (1, 2, 3):
+            W = random_matrix(*net.weight(j).shape)
+            net.set_weight(j, W)
+            assert torch.allclose(net.weight(j), W, atol=1e-6)
+
+
+# covariances
+
+
+def test_streamed_covariances_are_those_in_memory(pair, data):
+    a, b = pair
+    x = data.x_train[:300]
+    streamed = lib.activation_covariances(a, b, x, batch_size=77)
+    for K, phi_a, phi_b in zip(streamed, a.activations(x), b.activations(x)):
+        phi_a, phi_b = (lib.samples(phi).detach().cpu().double() for phi in (phi_a, phi_b))
+        assert torch.allclose(K, phi_a.T @ phi_b / len(phi_a), rtol=1e-4, atol=1e-6)
+
+
+def test_weight_covariance_of_many_rows_is_the_one_drawn_from():
+    root = random_matrix(12, 12)
+    C = root @ root.T
+    errors = []
+    for n in (1000, 100000):
+        found = lib.weight_covariance(lib.gaussian_rows(n, C, torch.Generator().manual_seed(0)))
+        errors.append(((found - C).norm() / C.norm()).item())
+    assert errors[1] < 0.02 and errors[0] / errors[1] > 4  # like 1/sqrt(n): 10
+
+
+def test_pca_rebuilds_the_covariance():
+    C = lib.weight_covariance(random_matrix(50, 9))
+    values, E = lib.pca(C)
+    assert torch.allclose((E * values) @ E.T, C) and torch.allclose(E.T @ E, torch.eye(9, dtype=torch.float64))
+    assert (values.diff() <= 0).all()
+
+
+def test_overlap_of_spaces():
+    E = lib.random_basis(10)
+    assert lib.overlap(E, E.roll(4, dims=1), 4) == pytest.approx(0, abs=1e-12)
+    assert lib.overlap(E, torch.cat([E[:, [2, 1, 0]], E[:, 3:]], 1), 3) == pytest.approx(1)
+    by_chance = np.mean([lib.overlap(E, lib.random_basis(10, seed), 4) for seed in range(1, 300)])
+    assert by_chance == pytest.approx(0.4, abs=0.02)
+
+
+def test_white_covariance_keeps_the_variance():
+    C = lib.weight_covariance(random_matrix(30, 7))
+    assert lib.white(C).trace() == pytest.approx(C.trace().item())
+    assert torch.equal(lib.white(C), lib.white(C)[0, 0] * torch.eye(7, dtype=torch.float64))
+
+
+# clipping
+
+
+def test_clipping_to_all_directions_changes_nothing(pair, data):
+    net, x = pair[0], data.x_test[:20]
+    for j in (1, 2, 3):
+        D = net.weight(j).flatten(1).shape[1]
+        assert torch.allclose(lib.clip(net, j, lib.random_basis(D), D)(x), net(x), atol=1e-5)
+        assert lib.clip(net, j, lib.random_basis(D), 0)(x).abs().max() == 0
+
+
+def test_clipping_to_the_own_directions_of_few_rows_changes_nothing(pair, data):
+    net = pair[0]
+    _, E = lib.pca(lib.weight_covariance(net.weight(3)))
+    clipped = lib.clip(net, 3, E, 10)  # ten rows span ten directions
+    assert torch.allclose(clipped(data.x_test[:20]), net(data.x_test[:20]), atol=1e-5)
+
+
+def test_clipping_weights_is_projecting_activations(data):
+    net, E, d = lib.MLP(data.shape, (24, 16)), lib.random_basis(24), 5
+    phi_1 = net.activations(data.x_test[:20])[1]
+    projected = phi_1 @ (E[:, :d] @ E[:, :d].T).to(phi_1)
+    expected = F.relu(projected @ net.layers[1].weight.T) @ net.layers[2].weight.T
+    assert torch.allclose(lib.clip(net, 2, E, d)(data.x_test[:20]), expected, atol=1e-5)
+
+
+def test_accuracies_by_rank_go_from_none_to_all(pair, data):
+    net = pair[0]
+    curve = lib.accuracies_by_rank(net, 2, lib.random_basis(net.weight(2).flatten(1).shape[1]), data)
+    zero = 100 * (data.y_test == 0).double().mean().item()  # equal scores: the first class
+    assert list(curve)[0] == 0 and curve[0] == pytest.approx(zero)
+    assert list(curve.values())[-1] == pytest.approx(lib.accuracies([net], data)[0], abs=0.3)
+
+
+# alignment
+
+
+def test_alignment_is_procrustes():
+    a, b = random_matrix(200, 8), random_matrix(200, 8, seed=1)
+    assert torch.allclose(lib.alignment(a.T @ b), torch.tensor(scipy.linalg.orthogonal_procrustes(a, b)[0]))
+
+
+def test_a_rotated_copy_aligns_with_its_rotation():
+    phi, R = random_matrix(200, 8), lib.random_basis(8)
+    A = lib.alignment(phi.T @ (phi @ R))
+    assert torch.allclose(A, R)
+    assert torch.allclose(lib.alignment((phi @ A).T @ (phi @ R)), torch.eye(8, dtype=torch.float64))  # nothing left
+
+
+def test_no_other_rotation_is_better(pair, data):
+    a, b = pair
+    A = lib.alignments(a, b, data.x_train)
+    best = lib.explained(A, a, b, data.x_train)
+    for seed in range(5):
+        noise = [random_matrix(*A_j.shape, seed=seed) for A_j in A]
+        nearby = [A_j @ torch.matrix_exp(0.1 * (N_j - N_j.T)) for A_j, N_j in zip(A, noise)]
+        worse = lib.explained(nearby, a, b, data.x_train)
+        assert best[1] > worse[1] and best[2] > worse[2]
+
+
+def test_a_network_explains_itself(pair, data):
+    net = pair[0]
+    A = lib.alignments(net, net, data.x_train)
+    assert lib.explained(A, net, net, data.x_test) == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+def test_a_permuted_copy_is_found_and_computes_the_same(pair, data):
+    net = pair[0]
+    order = torch.randperm(net.widths[0], generator=torch.Generator().manual_seed(0))
+    permuted = net.copy()
+    permuted.set_weight(1, net.weight(1)[order])
+    permuted.set_weight(2, net.weight(2)[:, order])
+    assert torch.allclose(permuted(data.x_test), net(data.x_test), atol=1e-5)
+    A = lib.alignments(net, permuted, data.x_train)
+    P = torch.eye(net.widths[0], dtype=torch.float64)[:, order]
+    assert torch.allclose(A[1], P, atol=1e-3)
+    assert torch.allclose(lib.rotate(net.weight(2), A[1]), permuted.weight(2), atol=1e-3)
+    assert lib.explained(A, net, permuted, data.x_test)[1:] == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_networks_of_other_widths_align_partially(data):
+    narrow, wide = lib.MLP(data.shape, (8, 6)), lib.MLP(data.shape, (24, 16), seed=1)
+    A = lib.alignments(narrow, wide, data.x_train)
+    assert [tuple(A_j.shape) for A_j in A] == [(64, 64), (8, 24), (6, 16)]
+    assert torch.allclose(A[1] @ A[1].T, torch.eye(8, dtype=torch.float64))
+
+
+def test_rotated_kernels_see_rotated_channels():
+    W, x, A = random_matrix(5, 3, 2, 2), random_matrix(4, 3, 6, 6, seed=1), lib.random_basis(3)
+    turned = torch.einsum("bcmn,cd->bdmn", x, A)
+    assert torch.allclose(F.conv2d(turned, lib.rotate(W, A)), F.conv2d(x, W))
+
+
+# rainbow networks
+
+
+def test_resampling_repeats_and_keeps_only_the_classifier(pair, data):
+    net, x = pair[0], data.x_train[:400]
+    one, two, other = (lib.resample(net, x, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(one.weight(j), two.weight(j)) for j in (1, 2, 3))
+    assert not torch.allclose(one.weight(1), other.weight(1))
+    A = lib.alignments(net, one, x)
+    assert torch.allclose(one.weight(3), lib.rotate(net.weight(3), A[2]), atol=1e-5)
+
+
+def test_resampled_rows_have_the_aligned_covariance(data):
+    net, x = lib.MLP(data.shape, (10, 8)), data.x_train[:400]
+    wide = lib.resample(net, x, 0, widths=(10, 40000))
+    A_1 = lib.alignments(net, wide, x)[1]
+    expected = A_1.T @ lib.weight_covariance(net.weight(2)) @ A_1
+    assert (lib.weight_covariance(wide.weight(2)) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_resampling_at_other_widths_and_covariances(pair, data):
+    net, x = pair[0], data.x_train[:400]
+    widths = tuple(2 * N for N in net.widths)
+    wide = lib.resample(net, x, 0, widths=widths)
+    assert [len(wide.weight(j)) for j in (1, 2)] == list(widths) and wide(x).shape == (400, 10)
+    nothing = [torch.zeros_like(lib.weight_covariance(net.weight(j))) for j in (1, 2)]
+    assert lib.resample(net, x, 0, nothing)(x).abs().max() == 0
+
+
+# agreement with the analysis of the repository
+
+
+def small_loader(data):
+    return list(zip(data.x_train[:600].split(100), data.y_train[:600].split(100)))
+
+
+def test_covariances_and_alignments_equal_those_of_utils(pair, data):
+    from utils.activations import moments
+    from utils.alignment import Alignment, alignment_error, transport
+    from utils.covariance import WeightCovariance
+    from utils.layers import weight_layers
+
+    a, b = pair
+    loader, x = small_loader(data), data.x_train[:600]
+    names = [layer.name for layer in weight_layers(a, loader)]
+    assert names == ["layers.0", "layers.1", "layers.2"]
+    found = moments([a, b], names, loader, cross=0)
+    theirs = Alignment().fit(a, b, loader, layers=names)
+    K, A = lib.activation_covariances(b, a, x), lib.alignments(a, b, x)
+    for j in (1, 2):  # phi_1 and phi_2: the inputs of the second and of the third layer
+        name = names[j]
+        assert torch.allclose(found.cross(1, 0, name).cpu(), K[j], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found.auto(0, name).cpu(), lib.activation_covariances(a, a, x)[j], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(theirs.matrices[j].cpu(), A[j], atol=1e-3)
+        W = lib.rotate(a.weight(j + 1), A[j]).flatten(1)
+        assert torch.allclose(transport(a.weight(j + 1).flatten(1), A[j]), W)
+        assert torch.allclose(WeightCovariance.fit(W).matrix(), lib.weight_covariance(W), atol=1e-8)
+        aa, bb = found.energy(0, name), found.energy(1, name)
+        cross = aa + bb - (1 - lib.explained(A, a, b, x)[j]) * bb  # 2 E<phi_a A, phi_b>
+        assert alignment_error(A[j], K[j].T, aa, bb) == pytest.approx(2 - cross / (aa * bb) ** 0.5, abs=1e-4)
+
+
+def test_clipping_equals_that_of_utils(pair, data):
+    from utils.clipping import clipped_accuracies
+    from utils.layers import weight_layers
+
+    a, loader = pair[0], small_loader(data)
+    lib.train(a, data, epochs=2, lr=0.05, batch_size=32)
+    batches = [(data.x_test, data.y_test)]
+    for j, layer in zip((1, 2, 3), weight_layers(a, loader)):
+        _, E = lib.pca(lib.weight_covariance(a.weight(j)))
+        ours = lib.accuracies_by_rank(a, j, E, data)
+        ranks = [d for d in ours if d > 0]
+        theirs = clipped_accuracies(a, layer, {"weights": E}, ranks, batches)["weights"]
+        assert theirs == pytest.approx([ours[d] for d in ranks], abs=0.21)  # one picture of 500
+
+
+def test_digits_are_those_of_utils(data):
+    from utils.datasets import load_datasets
+    from utils.options import parse
+
+    network = "--psi-arch mod --n-blocks 1 --Pr-size 8 --scat-angles 4 --dir unused".split()
+    sets = load_datasets(parse(["--digits", "-a", "Fw Std Pr N", *network]))
+    images, labels = next(iter(sets.val.loader(500, shuffle=False)))
+    assert torch.equal(labels.cpu(), data.y_test.cpu())
+    assert torch.allclose(images.cpu().contiguous(), data.x_test.cpu(), atol=1e-2)
+
+
+# the notebook
+
+CLAIMS = """
+assert 97 < accuracy_a < 100 and 97 < accuracy_b < 100 and accuracy_initial < 20
+assert all(share[1] > 40 for share in phi_share.values()) and phi_share[1][10] > 80 and phi_share[2][10] > 95
+assert all(curve[1] < 12 and curve[15] > accuracy_a - 3 for curve in clip_phi.values())
+assert all(7 <= counts["above the first initial one"] <= 13 for counts in learned.values())
+assert 1.7 < learned[1]["trained/initial"] < 2.6 and 6 < learned[2]["trained/initial"] < 9
+for curves in clip_weights.values():
+    assert curves["weights"][9] > accuracy_a - 2.7 and curves["random basis"][9] < accuracy_a / 2 + 12
+    assert curves["weights"][9] > curves["activations"][9] > curves["random basis"][9] + 20
+assert all(difference < 25 for difference in spectrum_difference.values())
+assert overlap_before[1] > 4 * chance[1] and overlap_before[2] < 2 * chance[2]
+for j in (1, 2):
+    assert explained["a to b"][j] > 0.93 and explained["a to b, on the training pictures"][j] > 0.93
+    assert explained["a to b, not aligned"][j] < 0 < explained["untrained a to untrained b"][j] - 0.8
+    assert phi_overlap[j]["before"] < 0.1 and phi_overlap[j]["after"] > 0.9
+assert 0.8 < explained["untrained a to trained b"][1] < 0.92 and 0.2 < explained["untrained a to trained b"][2] < 0.35
+assert overlap_after > 0.7
+assert abs(cosines["before"]) < 0.1 and cosines["after"] > 0.85
+assert accuracy_a - 4 < accuracy_rainbow < accuracy_a and accuracy_forgetful < 20
+assert resampled["rainbow"].min() > resampled["white"].max()
+assert 100 - resampled["white"].mean() > 2 * (100 - resampled["rainbow"].mean())
+
+assert 0.63 < explained_cnn["f to g"][1] < 0.77 and 0.68 < explained_cnn["f to g"][2] < 0.82
+assert max(explained_cnn["f to g, not aligned"][1:]) < 0 and explained_cnn["untrained f to trained g"][2] < 0.25
+assert overlap_cnn["before"] < 4 * overlap_cnn["chance"] and overlap_cnn["after"] > 10 * overlap_cnn["chance"]
+assert clip_cnn["weights"][9] > accuracy_f - 4 and clip_cnn["weights"][9] > clip_cnn["random basis"][9] + 20
+gap = accuracy_f - resampled_cnn["rainbow"].mean()
+assert 2 < gap < 7.5 and 6 < resampled_cnn["rainbow"].mean() - resampled_cnn["white"].mean() < 16
+"""
+SOLUTION_CLAIMS = """
+assert abs(accuracy_permuted - accuracy_a) < 0.5 and permuted_share[1] > 0.9999 and found > 0.99
+assert change["permuted"] < 1e-3 and change["rotated"] > 0.27 and accuracy_a - 8 < accuracy_rotated < accuracy_a
+"""
+LATER_CLAIMS = """
+assert by_width[1 / 8] < 92.5 and by_width[4] > accuracy_a - 2 and by_width[4] > by_width[1 / 2] > by_width[1 / 8]
+assert by_kind["layer 2: random eigenvectors"] < by_kind["layer 2: white"] < by_kind["its own covariances"] - 1
+assert abs(by_kind["covariances of b"] - by_kind["its own covariances"]) < 1.5
+"""
+FAKE_CIFAR = """
+import numpy, torchvision
+def photographs(root, train, download):
+    targets = numpy.arange(400 if train else 100) % 10
+    noise = numpy.random.RandomState(int(train)).randint(0, 128, (len(targets), 32, 32, 3))
+    noise[numpy.arange(len(targets)), 3 * targets] += 127  # a bright line says the class
+    return type("Set", (), dict(data=noise.astype("uint8"), targets=targets.tolist()))
+torchvision.datasets.CIFAR10 = photographs
+"""
+
+
+def notebook():
+    return nbformat.read(ROOT / "tutorial.ipynb", as_version=4)
+
+
+def execute(book):
+    """Runs a notebook from the repository's folder; nothing is written."""
+    book.cells.insert(0, nbformat.v4.new_code_cell("import torch\ntorch.set_num_threads(1)"))
+    return NotebookClient(book, timeout=600, kernel_name="python3", coalesce_streams=True,
+                          resources={"metadata": {"path": str(ROOT)}}).execute()
+
+
+def code_cells(book):
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def printed(cell):
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def test_notebook_is_committed_as_run():
+    path = ROOT / "tutorial.ipynb"
+    book = notebook()
+    nbformat.validate(book)
+    assert path.stat().st_size < 1.5e6
+    assert book.metadata.kernelspec.name == "python3"
+    assert [cell.execution_count for cell in code_cells(book)] == list(range(1, len(code_cells(book)) + 1))
+    assert sum("image/png" in output.get("data", {}) for cell in code_cells(book) for output in cell.outputs) >= 10
+    outputs = re.sub(r'"image/png": "[^"]*"', "", path.read_text())
+    assert not re.search(r"/(home|Users|root|tmp|work|usr|opt|var)/|[A-Z]:\\\\", outputs)
+    assert not any(output.output_type == "error" or output.get("name") == "stderr"
+                   for cell in code_cells(book) for output in cell.outputs)
+
+
+def test_notebook_explains_before_and_after():
+    texts = [cell.source for cell in notebook().cells if cell.cell_type == "markdown"]
+    text = "\n".join(texts)
+    assert text.count("**Expect**") >= 8 and text.count("**Seen:**") >= 10
+    assert text.count("<details>") == text.count("</details>") == len(re.findall(r"\*\*Exercise \d\.", text)) == 3
+    for published in ("42.4 %", "30.6 %", "57.4 %", "40.3 %", "92.3 %", "87.9 %"):
+        assert published in text
+
+
+@pytest.mark.slow
+def test_notebook_runs_and_its_text_holds():
+    book = notebook()
+    committed = [printed(cell) for cell in code_cells(book)]
+    solutions = [code for cell in book.cells for code in re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)]
+    assert len(solutions) == 3
+    for code in (CLAIMS, solutions[0], SOLUTION_CLAIMS, *solutions[1:], LATER_CLAIMS):
+        book.cells.append(nbformat.v4.new_code_cell(code))
+    execute(book)
+    fresh = [printed(cell) for cell in code_cells(book)[1:]]
+    number = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
+    for before, after in zip(committed, fresh):  # the committed output is of this code: only digits may differ
+        assert re.sub(r"\s+", " ", number.sub("#", before)) == re.sub(r"\s+", " ", number.sub("#", after))
+
+
+@pytest.mark.slow
+def test_notebook_runs_on_photographs():
+    book = notebook()
+    parameters = next(cell for cell in code_cells(book) if "DATA = " in cell.source)
+    assert 'DATA = "digits"' in parameters.source
+    for before, after in {'DATA = "digits"': 'DATA = "cifar10"', "DRAWS = 5": "DRAWS = 1"}.items():
+        parameters.source = parameters.source.replace(before, after)
+    book.cells.insert(0, nbformat.v4.new_code_cell(FAKE_CIFAR))
+    book.cells.append(nbformat.v4.new_code_cell("assert data.shape == (1, 32, 32) and C_phi[0].shape == (1024, 1024)"))
+    execute(book)
