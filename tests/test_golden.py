@@ -1,0 +1,66 @@
+"""Our networks compute what the authors' program computes: filters, scores, losses while training."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from torch.nn import functional as F
+
+from models import build
+from models.signal import Signal
+from models.wavelets import filter_bank
+from utils.checkpoints import convert_original
+from utils.options import network_config, parse
+
+NAMES = sorted(path.stem for path in GOLDEN.glob("J*.pt"))
+needs_golden = pytest.mark.skipif(not NAMES, reason=f"outputs of the original program are not at {GOLDEN}")
+TRACE = ["J4-norm-fact0-L4", "J4-skip-fact0-L4", "J4-complex-fact0-L4", "J8-norm-fact0-L4", "J8-skip-fact0-L4",
+         "J8-complex-fact0-L4"]
+
+
+def load(golden, name, state="state_dict"):
+    """The network of a golden file with one of its states, and the file."""
+    data = golden(name)
+    argv = data["argv"] if isinstance(data["argv"], str) else None
+    args = parse(argv.split() if argv else list(data["argv"]))
+    network = build(network_config(args, Signal(data["input"].shape[1], 32, 32), 10))
+    network.load_state_dict(convert_original(data[state], network))
+    return network, data
+
+
+@needs_golden
+def test_filters(golden):
+    for name, theirs in golden("filters").items():
+        size, angles, *rest = name.split("-")
+        kind = {"none": "plain", "i0": 0, "i1": 1}[rest[-1]]
+        padded = int(size[1:])
+        ours = filter_bank(padded, padded, int(angles[1:]), kind, full_angles="full" in rest)
+        assert np.abs(ours - theirs.numpy()).max() < 1e-5 * theirs.abs().max(), name
+
+
+@needs_golden
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("name", NAMES)
+def test_scores(golden, name, fast):
+    network, data = load(golden, name)
+    for block in network.eval().blocks:
+        block.fast = fast
+    with torch.no_grad():
+        error = (network(data["input"]) - data["logits"]).abs().max()
+    assert error < 1e-4 * data["logits"].std()
+
+
+@needs_golden
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("name", TRACE)
+def test_training_losses(golden, name, fast):
+    network, data = load(golden, name, "init_state_dict")
+    for block in network.train().blocks:
+        block.fast = fast
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for (images, labels), theirs in zip(data["train_batches"], data["train_losses"], strict=True):
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert loss.item() == pytest.approx(theirs, rel=1e-3)
