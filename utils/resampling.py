@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,7 @@ from utils.layers import Layer, device_of, evaluating, first_images, inspect, ma
 from utils.program import INPUT, NORMS, Program
 
 METHODS = ("gaussian", "orthogonal", "white")
-DEFAULT_MEMORY = 2 << 30  # bytes of kept activations on a CPU; on a GPU half of what is free
+MOST_MEMORY = 8 << 30  # bytes of activations kept on a CPU unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def draw_rows(covariance: WeightCovariance, rows: int, method: str, generator: t
     return (white * covariance.eigenvalues[:directions].cpu().sqrt()) @ vectors[:, :directions].mH
 
 
+def draw_neurons(count: int, neurons: int, generator: torch.Generator) -> Tensor:
+    """Which of `count` trained neurons each new one has its numbers beside the weights from. # (neurons,) int64"""
+    return torch.randint(count, (neurons,), generator=generator)
+
+
 class RainbowSampler:
     """Samples rainbow networks of a trained network, or of a set of them through their mean network."""
 
@@ -81,8 +87,9 @@ class RainbowSampler:
         """reference: a `MeanNetwork`, of one network or more, of the same architecture. loader, test: (images, labels)
         of the training and test set, always in the same order; accuracies are of the test set, where there is one.
         method: "gaussian", "orthogonal" or "white". widths: N_j of the new network's layers but the last (default: the
-        trained ones). align_on_test: the alignments A_j are those of the test set. memory: bytes of activations that
-        may be kept. progress: wraps each pass over the data, given as an iterable and a text.
+        trained ones). align_on_test: the alignments A_j are those of the test set. memory: bytes of activations
+        that may be kept (default: a part of what is free). progress: wraps each pass over the data, an iterable that
+        comes with a text.
 
         Raises UserError for what cannot be sampled: a layer whose weights the analysis cannot treat, widths that do not
         fit, an unknown method.
@@ -254,10 +261,12 @@ def _fit(module, x, neurons):
 
 
 def _set_parameter(module, key, shape):
+    """Random numbers of a new shape, until they are drawn: activations are neither 0 nor infinite."""
     old = getattr(module, key)
     if tuple(old.shape) != tuple(shape):
-        value = torch.zeros(shape, dtype=old.dtype, device=old.device)
-        setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
+        generator = torch.Generator().manual_seed(0)
+        value = torch.randn(shape, dtype=old.dtype, generator=generator) / math.sqrt(math.prod(shape[1:]))
+        setattr(module, key, nn.Parameter(value.to(old.device), requires_grad=old.requires_grad))
 
 
 def checked_widths(widths: Sequence[int] | None, layers: Sequence[Layer]) -> list[int]:
@@ -280,7 +289,7 @@ def checked_widths(widths: Sequence[int] | None, layers: Sequence[Layer]) -> lis
 class Activations:
     """The values of several networks' programs over one data set, kept at the furthest position that fits the memory.
 
-    The networks have the same steps. `passes` counts, for each network, the steps run over all images, per step.
+    The networks have the same steps.
     """
 
     def __init__(self, programs: Sequence[Program], loader: Iterable, memory: int,
@@ -289,8 +298,8 @@ class Activations:
         self.device = device_of(programs[0].network)
         self.position, self.kept, self.images = 0, [], None
 
-    def at(self, position: int, text: str) -> Iterator[tuple[list[dict], Tensor | None]]:
-        """For each batch, the values live at a position of every network, and the labels."""
+    def at(self, position: int, text: str, all_networks: bool = True) -> Iterator[tuple[list[dict], Tensor | None]]:
+        """For each batch, the values live at a position of every network (or the last one only), and the labels."""
         start, keep, kept = self.position, self._furthest(position), []
         batches = self.kept if start else self.loader
         for index, batch in enumerate(self.progress(batches, text)):
@@ -305,7 +314,8 @@ class Activations:
                 envs = [program.run(env, start, keep) for program, env in zip(self.programs, envs)]
             if keep:
                 kept.append((envs, labels))
-            yield [program.run(env, keep, position) for program, env in zip(self.programs, envs)], labels
+            wanted = list(zip(self.programs, envs))[0 if all_networks else -1:]
+            yield [program.run(env, keep, position) for program, env in wanted], labels
         self.position, self.kept = keep, kept
 
     def _furthest(self, position):
@@ -331,9 +341,16 @@ def _count_images(loader):
 
 
 def _memory(given, device):
+    """Bytes for activations: those given, else half of a GPU's free memory, or a quarter of the processor's."""
     if given is not None:
         return given
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_MEMORY
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return MOST_MEMORY // 4
+    return min(free // 4, MOST_MEMORY)
 
 
 class _Construction:
@@ -447,7 +464,7 @@ class _Construction:
     def _draw_neurons(self, k, names, generator):
         """What neurons have beside weights: that of trained neurons, drawn with replacement."""
         counts = [layers[k].neurons for layers in self.reference.layers]
-        chosen = torch.randint(sum(counts), (self.layers[k].neurons,), generator=generator)
+        chosen = draw_neurons(sum(counts), self.layers[k].neurons, generator)
         for name in names:
             parts = [trained.get_parameter(name).detach().unflatten(0, (count, -1))
                      for trained, count in zip(self.reference.networks, counts)]
@@ -460,7 +477,7 @@ class _Construction:
         if is_entry and self.program.steps[position].inputs[0] not in self.touched or not _has_statistics(norm):
             return
         sums = ChannelSums()
-        for envs, _ in self.statistics.at(position, "statistics"):
+        for envs, _ in self.statistics.at(position, "statistics", all_networks=False):
             sums.add(_samples(self.program.input_of(norm, envs[-1], position)))
         _set_statistics(norm, sums)
 
@@ -469,7 +486,7 @@ class _Construction:
         norm, key = self._norm_before(k), self._key(self.layers[k])
         position, is_entry = self.program.place(self.layers[k].module)
         names = [key] if key not in self.alignments else []
-        if is_entry and self.sampler.test is not None:
+        if is_entry and k < len(self.layers) - 1 and self.sampler.test is not None:
             names += [name for name in self.program.live(position)
                       if name in self.touched and name != key and name not in self.rotations]
         if not names:
@@ -526,7 +543,7 @@ class _Construction:
             if sampler.trained_accuracy is None:
                 sampler.trained_accuracy = self._accuracy(0, position)
             self.note(sampler.trained_accuracy)
-        elif is_entry:
+        elif is_entry and k < len(self.layers) - 1:
             self.note(self._accuracy(k, position))
 
     def _accuracy(self, layer, position):
