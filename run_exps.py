@@ -36,7 +36,7 @@ def parser():
     how.add_argument("--jobs", type=int, metavar="N", help="processes at a time, the cores or GPUs shared out between "
                      "them (default: laptop, one per core; paper, one per GPU or one)")
     how.add_argument("--start", choices=("warm", "fresh"), help="fork a process that has its imports done (default at "
-                     "the laptop scale where the system can), or start an interpreter anew for each")
+                     "the laptop scale on a CPU under Linux), or start an interpreter anew for each")
     how.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where runs are kept")
     how.add_argument("--data", default=os.environ.get("IMAGENET_DIR"), metavar="DIR",
                      help="ImageNet's folder (default: IMAGENET_DIR)")
@@ -144,7 +144,8 @@ def run(chosen, args):
     """Runs the experiments on this machine. Returns the exit status."""
     devices = gpus() if args.device in (None, "auto", "cuda") else ()
     jobs = args.jobs or (runner.cores() if args.scale == "laptop" and not devices else max(1, len(devices)))
-    start = args.start or ("warm" if args.scale == "laptop" and sys.platform == "linux" else "fresh")
+    small = args.scale == "laptop" and not devices and sys.platform == "linux"
+    start = args.start or ("warm" if small else "fresh")
     if start == "warm" and not hasattr(os, "fork"):
         raise UserError("--start warm: this system cannot fork; --start fresh")
     starts = {"warm": processes.start_warm, "fresh": processes.start_fresh}

@@ -271,6 +271,19 @@ def test_warm_processes_are_like_fresh_ones(repository):
     assert log.splitlines() == [f"epoch {epoch} of {trained.name}" for epoch in range(trained.epochs)]
 
 
+@pytest.mark.slow
+def test_real_scripts_from_training_to_retraining(tmp_path):
+    """The chain of figure 3 for one width, one epoch of a few digits each; nothing is left to do afterwards."""
+    flags = ["--scale", "laptop", "--match", "WP4WP8WP16WP16-norm-L4-clbnstd-clnobias(-load|-white|$)", "--epochs", "1",
+             "--data-subset", "0:20", "--checkpoints", str(tmp_path), "--jobs", "2"]
+    outputs = [subprocess.run([sys.executable, "run_exps.py", *flags], cwd=ROOT, env=environment(), capture_output=True,
+                              text=True, check=False) for _ in range(2)]  # fmt: skip
+    assert outputs[0].returncode == 0 and "4 of 4 experiments are finished" in outputs[0].stdout, outputs[0]
+    assert outputs[1].stdout == "All 4 experiments are finished: nothing to do.\n"
+    parts = [next(tmp_path.glob(f"trial-*/{name}")) for name in ("*clnobias", "resam*/*", "*-retrainclf", "*-trainclf")]
+    assert [json.loads((folder / "status.json").read_text())["state"] for folder in parts] == ["finished"] * 4
+
+
 def test_submit_local_runs_two_experiments_and_their_dependent(repository):
     names = [experiment.name for experiment in chosen(f"{NARROWEST}.*(clnobias|white-trainclf)$")]
     assert len(names) == 3
