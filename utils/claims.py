@@ -77,7 +77,7 @@ def _falls(errors):
 
 def _spectra(numbers):
     decades = {int(j): _decades(numbers[f"layer_{j}"]) for j in numbers["layers"]}
-    return [("activation spectra decay by at least two orders of magnitude", "over five orders",
+    return [("activation spectra decay by at least two orders of magnitude", "plot only",
              ", ".join(f"{value:.1f} (j = {j})" for j, value in decades.items()) + " orders",
              bool(min(decades.values()) >= 2))]
 
@@ -89,7 +89,7 @@ def _decades(eigenvalues):
 
 def _alignment(numbers):
     claims = []
-    published = {"scattering": "first layer about .35 to below .05, others .55-.67 to .16-.25", "resnet": "falls"}
+    published = {"scattering": "first layer about .35 to below .05, others .55-.67 to .16-.25", "resnet": "plot only"}
     for name, title in (("scattering", "scattering networks"), ("resnet", "ResNet-18")):
         errors = numbers[f"{name}_errors"]
         falls = [_falls(row) for row in errors]
@@ -105,7 +105,7 @@ def _covariance(numbers):
     ranks, accuracies = numbers["clip_ranks"], numbers["clip_accuracies"][-1]
     enough = int(ranks[np.argmax(accuracies >= full[-1] - 1)])
     return [
-        ("the distance of weight covariances to those of the widest networks falls with width but noise", "falls",
+        ("the distance of weight covariances to those of the widest networks falls with width but noise", "plot only",
          "; ".join(f"{row[0]:.2f} to {row[-1]:.2f} (j = {j})" for j, row in zip(numbers["error_layers"], errors)),
          bool(all(_falls(row) for row in errors))),
         ("a few principal directions hold all the accuracy", "79.8 of 80.9 % at 40 of 320 directions",
@@ -118,7 +118,7 @@ def _imagenet(numbers):
     for name in ("scattering", "resnet"):
         decades = [_decades(numbers[f"{name}_activations_{j}"]) for j in numbers[f"{name}_layers"]]
         measured.append(min(decades))
-    return [("activation spectra of large networks decay fast at every layer", "power laws over several orders",
+    return [("activation spectra of large networks decay fast at every layer", "plot only",
              f"at least {measured[0]:.1f} (scattering) and {measured[1]:.1f} (ResNet-18) orders",
              bool(min(measured) >= 2))]
 
@@ -146,10 +146,10 @@ def _dynamics(numbers):
     third = max(len(final) // 3, 1)
     head, tail = np.exp(np.log(final[:third]).mean()), np.exp(np.log(final[-third:]).mean())
     return [
-        ("training amplifies the weights along the first principal directions, less with rank", "decreasing with rank",
+        ("training amplifies the weights along the first principal directions, less with rank", "plot only",
          f"{final[0]:.1f} in the first direction; mean {head:.2f} in the first third of ranks, {tail:.2f} in the last",
          bool(final[0] > 1.5 and head > tail)),
-        ("beyond the first directions weights are amplified more than turned", "cosine similarity stays near 1",
+        ("training amplifies the weights more than it turns them", "plot only",
          f"cosine similarity: median {np.median(cosine):.2f}, first direction {cosine[0]:.2f}",
          bool(np.median(cosine) > 0.5)),
     ]

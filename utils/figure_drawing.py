@@ -74,7 +74,7 @@ def marchenko_pastur(axes: dict[str, Axes], numbers: FigureData, published: dict
 def _spectrum_against_bulk(ax, eigenvalues, q, color):
     """Histogram of the eigenvalues up to the bulk's end, stems beyond it, and the law of those that are not 0."""
     low, high = bulk_edges(q)
-    edges = np.linspace(0, 1.1 * high, 36)
+    edges = np.linspace(0, 1.1 * high, int(np.clip(len(eigenvalues) // 3, 12, 36)))
     inside = eigenvalues[eigenvalues <= high]
     width = edges[1] - edges[0]
     heights = np.histogram(inside, edges)[0] / (len(eigenvalues) * width)
@@ -125,7 +125,7 @@ def activation_spectra(axes: dict[str, Axes], numbers: FigureData, published: di
         ax.set(xscale="log", yscale="log", xlabel="rank $m$")
         _floor(ax, 1e-7)
         ax.legend(loc="lower left", ncols=2)
-    axes["widths"].set_ylabel(r"eigenvalues of $E[\phi_{j-1}\phi_{j-1}^{\mathrm{T}}]$, relative to the first")
+    axes["widths"].set_ylabel(r"eigenvalues $\lambda_m\,/\,\lambda_1$ of $E[\phi_{j-1}\phi_{j-1}^{\mathrm{T}}]$")
 
 
 def _spectrum(ax, eigenvalues, color, label, scale=1.0):
