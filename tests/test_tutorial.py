@@ -20,6 +20,15 @@ NETWORKS = {"MLP": (lib.MLP, (24, 16)), "CNN": (lib.CNN, (6, 8))}
 on_cpu = pytest.mark.skipif(lib.pick_device().type != "cpu", reason="compares tensors bit by bit on the CPU")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from threads, and on a busy machine lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def data():
     return lib.load_data("digits")
@@ -250,6 +259,7 @@ def test_networks_of_other_widths_align_partially(data):
     narrow, wide = lib.MLP(data.shape, (8, 6)), lib.MLP(data.shape, (24, 16), seed=1)
     A = lib.alignments(narrow, wide, data.x_train)
     assert [tuple(A_j.shape) for A_j in A] == [(64, 64), (8, 24), (6, 16)]
+    assert torch.equal(A[0], torch.eye(64, dtype=torch.float64))  # also where some pixels are always empty
     assert torch.allclose(A[1] @ A[1].T, torch.eye(8, dtype=torch.float64))
 
 
