@@ -265,6 +265,14 @@ def test_batches_lie_in_channels_last_memory(coded, tmp_path):
             assert batch.dtype == torch.float32 and labels.dtype == torch.int64
 
 
+def test_batches_lie_on_the_device(coded):
+    small = coded.select(torch.arange(20), torch.arange(20), 20)
+    for images in (coded, small):
+        for augment in (True, False):
+            batches = images.loader(8, augment=augment, device="meta")
+            assert {each.device.type for batch in batches for each in batch} == {"meta"}
+
+
 # ImageNet's random parts
 
 

@@ -15,7 +15,6 @@ from threading import Thread
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
@@ -43,7 +42,7 @@ class Normalization:
 
         def normalize(images):
             rows = images.reshape(*images.shape[:2], len(scale)).float()
-            return torch.addcmul(shift, rows, scale).view(images.shape).permute(0, 3, 1, 2)
+            return torch.addcmul(shift, rows, scale, out=rows).view(images.shape).permute(0, 3, 1, 2)
 
         return normalize
 
@@ -85,17 +84,19 @@ def crop_and_flip(images, offsets, flips, padding):
     """Crops each image of (B, M, N, C) at its own `offsets` (B, 2), rows then columns, of the image with `padding`
     zero pixels on every side, and mirrors those whose `flips` (B,) is true. Same shape; the last two on the CPU."""
     count, height, width, channels = images.shape
-    flipped = flips.nonzero()[:, 0].to(images.device)
-    mirrored = images.index_select(0, flipped).permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)
-    source = torch.arange(count, device=images.device)
-    source[flipped] = count + torch.arange(len(flipped), device=images.device)
-    top = offsets[:, 0]
-    left = torch.where(flips, 2 * padding - offsets[:, 1], offsets[:, 1])  # crop, then mirror
-    padded = pad(torch.cat([images, mirrored]), (0, 0, padding, padding, padding, padding))  # (2B, M', N', C)
-    rows = source[:, None] * padded.shape[1] + (top[:, None] + torch.arange(height)).to(images.device)
-    starts = rows * padded.shape[2] + left[:, None].to(images.device)  # (B, M): first pixel of each row
+    flipped = flips.nonzero()[:, 0]
+    chosen = images.index_select(0, flipped.to(images.device))
+    padded = images.new_zeros(count + len(flipped), height + 2 * padding, width + 2 * padding, channels)
+    inside = padded[:, padding : padding + height, padding : padding + width]
+    inside[:count] = images
+    inside[count:] = chosen.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # fast in this order
+    source = torch.arange(count)
+    source[flipped] = count + torch.arange(len(flipped))
+    left = torch.where(flips, 2 * padding - offsets[:, 1], offsets[:, 1])  # as if mirrored after the crop
+    rows = source[:, None] * padded.shape[1] + offsets[:, :1] + torch.arange(height)
+    starts = rows * padded.shape[2] + left[:, None]  # (B, M): first pixel of each row
     windows = padded.view(-1).unfold(0, width * channels, channels)  # (pixels, N·C), overlapping
-    return windows.index_select(0, starts.view(-1)).view(images.shape)
+    return windows.index_select(0, starts.view(-1).to(images.device)).view(images.shape)
 
 
 @dataclass(frozen=True, eq=False)
