@@ -12,6 +12,7 @@ Then the peak resident memory of each in a fresh process. Ratios are what counts
 """
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -117,6 +118,23 @@ def prepare(name, which, training):
     return step(net, batch, config.num_classes, training)
 
 
+def block_steps(name):
+    """For each block of a network: functions that run it forward and backward, ours and the reference."""
+    config, batch = NETWORKS[name]
+    torch.manual_seed(0)
+    for block in build(config).blocks:
+        signal = block.signal
+        images = torch.randn(batch, signal.channels, signal.height, signal.width,
+                             dtype=torch.cfloat if signal.complex else torch.float, requires_grad=True)
+        gradient = torch.randn_like(block(images))
+
+        def run(fast, block=block, images=images, gradient=gradient):
+            block.fast = fast
+            torch.autograd.grad(block(images), (images, block.P.weight), gradient)
+
+        yield signal, {"ours": functools.partial(run, True), "reference": functools.partial(run, False)}
+
+
 def times(functions, repetitions, inner=1):
     """Median seconds of each function, repetitions interleaved, after one warm-up."""
     for function in functions.values():
@@ -153,6 +171,11 @@ def report(name, arguments):
         if "reference" in median:
             text += f"  reference/ours {median['reference'] / median['ours']:5.2f}"
         print(f"{name:9} {'step' if training else 'eval'}  {text}", flush=True)
+    if name == "imagenet" and not arguments.no_reference:
+        for number, (signal, functions) in enumerate(block_steps(name), start=1):
+            median = times(functions, arguments.repetitions)
+            print(f"  block {number:2} on {str(signal):38} ours {median['ours'] * 1e3:7.1f} ms  "
+                  f"reference/ours {median['reference'] / median['ours']:5.2f}", flush=True)
     if not arguments.no_memory:
         peaks = {which: peak_memory(name, which) for which in kinds if which != "floor"}
         print(f"{name:9} peak  " + "  ".join(f"{which} {gb:.2f} GB" for which, gb in peaks.items()), flush=True)

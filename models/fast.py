@@ -21,6 +21,7 @@ from functools import cache
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from models.nonlinearity import NonLinearity
 from models.scattering import output_size, padding_indices
@@ -32,9 +33,50 @@ _LARGE_IMAGE = 48  # measured: from this size on, images are cut into windows of
 _WINDOWS = (16, 14, 12, 20, 24, 28)
 _FEW_CHANNELS = 32  # measured: with fewer, images go through side by side, as channels of one
 _CHUNK_BYTES = 4 << 20  # measured: wavelet coefficients of a chunk on a CPU
-_CHUNK_ROWS = 384  # measured: with fewer, reading the weights dominates the projection
+_GROUP_ROWS = 2048  # measured: with fewer rows, reading the weights dominates the projection
+_PRODUCT_ROWS = 16384  # bounds the copies of the features' columns that the weights' gradients need
+_SMALL_PRODUCT = 1 << 22  # multiply-adds; measured
+_WIDE = 64  # columns; measured
 _CHUNK_BYTES_GPU = 1 << 30
 _SMALLEST_MODULUS = 1e-18  # below it the modulus has no gradient
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrix products
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _convolves(x, multiply_adds):
+    """Whether a product runs as a 1×1 convolution: oneDNN's are faster than `torch.mm` on many processors."""
+    return x.device.type == "cpu" and torch.backends.mkldnn.is_available() and multiply_adds > _SMALL_PRODUCT
+
+
+def _times_transposed(x, w, bias, lower):
+    """x wᵀ + bias of x (n, D) and w (C, D) -> (n, C), in the type `lower` if it is not None."""
+    if lower is not None:
+        x, w = x.to(lower), w.to(lower)
+        return (x @ w.t()).float().add_(bias)
+    if not _convolves(x, x.numel() * len(w)):
+        return torch.addmm(bias, x, w.t())
+    image = x.contiguous()[None, None].permute(0, 3, 1, 2)  # (1, D, 1, n), channels last
+    return F.conv2d(image, w[:, :, None, None], bias)[0, :, 0].t()
+
+
+def _transposed_times(g, x, lower):
+    """gᵀ x of g (n, C) and x (n, D) -> (C, D), in the type `lower` if it is not None."""
+    if lower is not None:
+        return (g.to(lower).t() @ x.to(lower)).float()
+    if not _convolves(x, x.numel() * g.shape[1]):
+        return g.t() @ x
+    g, x = (matrix.contiguous()[None, None].permute(0, 3, 1, 2) for matrix in (g, x))
+    return torch.nn.grad.conv2d_weight(x, (g.shape[1], x.shape[1], 1, 1), g)[:, :, 0, 0]
+
+
+def _times_batch(matrix, x):
+    """A x_i of A (P, K) and x (batch, K, C) -> (batch, P, C)."""
+    if x.shape[-1] >= _WIDE and _convolves(x, x.numel() * len(matrix)):
+        return F.conv2d(x[:, :, None].contiguous(), matrix[:, :, None, None])[:, :, 0]
+    return torch.bmm(matrix.expand(len(x), -1, -1), x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +324,7 @@ class WaveletMaps(nn.Module):
         coefficients = []
         for index, (parts, filters) in enumerate(zip(self.group_parts, self.filters, strict=True)):
             mapped, columns = self._map_rows(x, index), getattr(self, f"columns_{index}")
-            z = torch.bmm(columns.expand(len(mapped), -1, -1), mapped)  # (b·M', N'·parts·filters, C)
+            z = _times_batch(columns, mapped)  # (b·M', N'·parts·filters, C)
             coefficients.append(z.view(-1, parts, len(filters), c))
         return coefficients
 
@@ -317,7 +359,7 @@ class WaveletMaps(nn.Module):
                 torch.baddbmm(total, columns.expand(b, -1, -1), gradient.view(b, -1, c), beta=beta, out=total)
             else:
                 batch, total = b * self.out_shape[0], out.view(b, m, n * pc)
-                mapped = torch.bmm(columns.expand(batch, -1, -1), gradient.view(batch, -1, c))  # (b·M', R·N·p, C)
+                mapped = _times_batch(columns, gradient.view(batch, -1, c))  # (b·M', R·N·p, C)
                 torch.baddbmm(total, rows.expand(b, -1, -1), mapped.view(b, -1, n * pc), beta=beta, out=total)
 
 
@@ -384,15 +426,16 @@ class _FusedBlock(torch.autograd.Function):
     """x (B, M, N, p·C), W (C', D) real or complex -> y (B, M', N', q·C') and the features' statistics."""
 
     @staticmethod
-    def forward(ctx, x, weight, plan, statistics):
+    def forward(ctx, x, weight, plan, statistics, lower):
         keep = any(ctx.needs_input_grad)
         ctx.batch_statistics = statistics is None
+        ctx.lower = lower
         if keep or statistics is None:
             features, statistics = plan.compute_features(x, statistics)
         else:
             features = None
         matrices = plan.fold(weight, statistics)
-        y, norm = plan.project(x, features, matrices, statistics)
+        y, norm = plan.project(x, features, matrices, statistics, lower)
         if keep:
             ctx.plan, ctx.statistics = plan, statistics
             ctx.save_for_backward(x, weight, features, y, norm, *matrices)
@@ -406,17 +449,24 @@ class _FusedBlock(torch.autograd.Function):
         plan, statistics = ctx.plan, ctx.statistics
         gradient = plan.undo_normalization(gradient, y, norm)
         total = gradient.sum(0)
-        # The gradient of W diag(r): products with the centred features.
-        products = [
-            (gradient[:, rows].t() @ features[:, columns]).addr_(total[rows], statistics.mean[columns], alpha=-1)
-            for rows, columns in plan.slices(matrices)
-        ]
+        products = plan.weight_products(gradient, features, total, matrices, statistics, ctx.lower)
         weight_gradient = plan.unfold(products, weight, statistics) if ctx.needs_input_grad[1] else None
         x_gradient = None
         if ctx.needs_input_grad[0]:
             slope, shift = plan.statistics_gradient(matrices, products, total, statistics, ctx.batch_statistics)
-            x_gradient = plan.input_gradient(x, gradient, features, matrices, slope, shift)
-        return x_gradient, weight_gradient, None, None
+            x_gradient = plan.input_gradient(x, gradient, features, matrices, slope, shift, ctx.lower)
+        return x_gradient, weight_gradient, None, None, None
+
+
+def _cut(whole, size):
+    """Cut a slice into slices of at most `size` (at least 1)."""
+    size = max(1, size)
+    return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]
+
+
+def _within(inner, outer):
+    """A slice counted from the start of another one that holds it."""
+    return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
 class FusedBlock(nn.Module):
@@ -516,12 +566,20 @@ class FusedBlock(nn.Module):
 
     # -- the steps of the operation -------------------------------------------------------------------------------
 
-    def chunks(self, x):
-        """Slices of the batch whose wavelet coefficients fit the processor's cache."""
+    def chunks(self, x, images=None):
+        """Cut a slice of the batch (all of it) so that the wavelet coefficients fit the processor's cache."""
         per_image = 4 * self.channels * self.maps.planes() * math.prod(self.maps.out_shape)
-        size = (_CHUNK_BYTES_GPU if x.is_cuda else _CHUNK_BYTES) // per_image
-        size = max(size, -(-_CHUNK_ROWS // math.prod(self.maps.out_shape)))
-        return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+        return _cut(images or slice(0, len(x)), (_CHUNK_BYTES_GPU if x.is_cuda else _CHUNK_BYTES) // per_image)
+
+    def groups(self, x):
+        """Cut the batch so that the projection's products have enough rows."""
+        per_image = math.prod(self.maps.out_shape)
+        return _cut(slice(0, len(x)), len(x) if x.is_cuda else -(-_GROUP_ROWS // per_image))
+
+    def rows(self, images):
+        """The rows of the features that belong to a slice of the batch."""
+        positions = math.prod(self.maps.out_shape)
+        return slice(images.start * positions, images.stop * positions)
 
     def chunk_features(self, x, out):
         """Features of a chunk of images, (P, width), written to `out`; returns the coefficients."""
@@ -534,11 +592,10 @@ class FusedBlock(nn.Module):
 
     def compute_features(self, x, statistics):
         """Features (B·M'·N', width) and their statistics: of this batch if none are given."""
-        positions = math.prod(self.maps.out_shape)
-        features = x.new_empty(len(x) * positions, self.width)
+        features = x.new_empty(self.rows(slice(0, len(x))).stop, self.width)
         moments = x.new_zeros(2, self.width, dtype=torch.float64)
         for chunk in self.chunks(x):
-            part = features[chunk.start * positions : chunk.stop * positions]
+            part = features[self.rows(chunk)]
             self.chunk_features(x[chunk], part)
             if statistics is None:
                 moments[0] += part.sum(0)
@@ -560,28 +617,24 @@ class FusedBlock(nn.Module):
     def scale(self, statistics):
         return torch.rsqrt(statistics.var + EPSILON) if self.standardized else torch.ones_like(statistics.var)
 
-    def project(self, x, features, matrices, statistics):
+    def project(self, x, features, matrices, statistics, lower):
         """y (B, M', N', q·C') and, if it is normalised, the norms (B·M'·N', 1) it was divided by."""
-        height, width = self.maps.out_shape
-        positions = height * width
         channels = sum(len(matrix) for matrix in matrices)
         slices = self.slices(matrices)
         biases = [-(w @ statistics.mean[columns]) for w, (_, columns) in zip(matrices, slices, strict=True)]
-        y = x.new_empty(len(x), height, width, channels)
+        y = x.new_empty(len(x), *self.maps.out_shape, channels)
         flat = y.view(-1, channels)
         norms = x.new_empty(len(flat), 1) if self.normalized else None
-        buffer = None
-        for chunk in self.chunks(x):
-            rows = slice(chunk.start * positions, chunk.stop * positions)
+        for group in self.groups(x):
+            rows = self.rows(group)
             if features is None:
-                if buffer is None:
-                    buffer = x.new_empty((chunk.stop - chunk.start) * positions, self.width)
-                part = buffer[: rows.stop - rows.start]
-                self.chunk_features(x[chunk], part)
+                part = x.new_empty(rows.stop - rows.start, self.width)
+                for chunk in self.chunks(x, group):
+                    self.chunk_features(x[chunk], part[_within(self.rows(chunk), rows)])
             else:
                 part = features[rows]
             for matrix, bias, (outputs, columns) in zip(matrices, biases, slices, strict=True):
-                torch.addmm(bias, part[:, columns], matrix.t(), out=flat[rows, outputs])
+                flat[rows, outputs] = _times_transposed(part[:, columns], matrix, bias, lower)
             if self.normalized:
                 torch.linalg.vector_norm(flat[rows], dim=1, keepdim=True, out=norms[rows])
                 flat[rows] /= norms[rows]
@@ -595,6 +648,17 @@ class FusedBlock(nn.Module):
         radial = torch.linalg.vecdot(gradient, y)[:, None]
         return torch.addcmul(gradient, y, radial, value=-1).div_(norms)
 
+    def weight_products(self, gradient, features, total, matrices, statistics, lower):
+        """Gradients of the matrices W diag(r): products of y's gradient and the centred features."""
+        products = []
+        for rows, columns in self.slices(matrices):
+            product = sum(
+                _transposed_times(g[:, rows], f[:, columns], lower)
+                for g, f in zip(gradient.split(_PRODUCT_ROWS), features.split(_PRODUCT_ROWS), strict=True)
+            )
+            products.append(product.addr_(total[rows], statistics.mean[columns], alpha=-1))
+        return products
+
     def statistics_gradient(self, matrices, products, total, statistics, of_batch):
         """What the batch's own statistics add to the features' gradient: features·slope + shift, each (width,).
 
@@ -604,7 +668,7 @@ class FusedBlock(nn.Module):
         if not (self.standardized and of_batch):
             return slope, shift
         for w, product, (rows, columns) in zip(matrices, products, self.slices(matrices), strict=True):
-            for w_rows, product_rows in zip(w.split(_CHUNK_ROWS), product.split(_CHUNK_ROWS), strict=True):
+            for w_rows, product_rows in zip(w.split(128), product.split(128), strict=True):  # in the cache
                 slope[columns] += (w_rows * product_rows).sum(0)
             shift[columns] += total[rows] @ w
         sum_over_ranks(slope, shift)
@@ -616,27 +680,29 @@ class FusedBlock(nn.Module):
             return slope, torch.zeros_like(shift)
         return slope, -shift / statistics.count - slope * statistics.mean
 
-    def input_gradient(self, x, gradient, features, matrices, slope, shift):
-        """Gradient of x (B, M, N, p·C), a chunk at a time."""
-        positions = math.prod(self.maps.out_shape)
+    def input_gradient(self, x, gradient, features, matrices, slope, shift, lower):
+        """Gradient of x (B, M, N, p·C), a group of images at a time."""
         x_gradient = torch.empty_like(x)
-        for chunk in self.chunks(x):
-            rows = slice(chunk.start * positions, chunk.stop * positions)
-            part = features[rows]
-            part_gradient = torch.empty_like(part)
+        for group in self.groups(x):
+            rows = self.rows(group)
+            features_gradient = x.new_empty(rows.stop - rows.start, self.width)
             for matrix, (outputs, columns) in zip(matrices, self.slices(matrices), strict=True):
-                torch.addmm(shift[columns], gradient[rows, outputs], matrix, out=part_gradient[:, columns])
-            part_gradient.addcmul_(part, slope)
-            if self.skip:
-                shape = (len(part), 3, -1, self.channels)
-                gradients = skip_gradients(part_gradient.view(shape), part.view(shape), self.maps.slices)
-            else:
-                shape = (len(part), -1, self.channels)
-                coefficients = self.maps(x[chunk])
-                gradients = modulus_gradients(
-                    part_gradient.view(shape), part.view(shape), coefficients, self.maps.slices)
-            self.maps.adjoint(gradients, x_gradient[chunk])
+                features_gradient[:, columns] = _times_transposed(
+                    gradient[rows, outputs], matrix.t(), shift[columns], lower)
+            for chunk in self.chunks(x, group):
+                chunk_rows = self.rows(chunk)
+                part, part_gradient = features[chunk_rows], features_gradient[_within(chunk_rows, rows)]
+                part_gradient.addcmul_(part, slope)
+                self.maps.adjoint(self.coefficients_gradient(x[chunk], part, part_gradient), x_gradient[chunk])
         return x_gradient
+
+    def coefficients_gradient(self, x, features, gradient):
+        """Gradients of the wavelet coefficients of a chunk from those of its features (P, width), overwritten."""
+        if self.skip:
+            shape = (len(features), 3, -1, self.channels)
+            return skip_gradients(gradient.view(shape), features.view(shape), self.maps.slices)
+        shape = (len(features), -1, self.channels)
+        return modulus_gradients(gradient.view(shape), features.view(shape), self.maps(x), self.maps.slices)
 
     # -- what a block calls ---------------------------------------------------------------------------------------
 
@@ -652,7 +718,10 @@ class FusedBlock(nn.Module):
             statistics = Statistics(zero, zero + 1)
         else:
             statistics = None if std.training else self.column_statistics(std)
-        y, mean, var, count = _FusedBlock.apply(self.maps.split(x).contiguous(), weight, self, statistics)
+        lower = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.maps.split(x.float()).contiguous()
+            y, mean, var, count = _FusedBlock.apply(x, weight, self, statistics, lower)
         if statistics is None:
             std.update(*self.channel_statistics(mean, var), int(count))
         return self.maps.join(y)

@@ -99,7 +99,7 @@ def test_chunks_change_nothing(monkeypatch):
     block, _, images = pair("skip", (16, 16), kind=1)
     whole = block.eval()(images)
     monkeypatch.setattr("models.fast._CHUNK_BYTES", 1)
-    monkeypatch.setattr("models.fast._CHUNK_ROWS", 1)
+    monkeypatch.setattr("models.fast._GROUP_ROWS", 1)
     assert relative_error(block(images), whole) < 1e-6
 
 
