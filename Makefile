@@ -1,0 +1,22 @@
+# make demo   the whole paper on the handwritten digits: train, resample, analyse, draw
+# make test   what continuous integration runs
+# Both set up .venv first; a second call sets up nothing again. `make PYTHON=python3.12 test` picks the interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test
+
+demo: $(READY)
+	$(BIN)/python run_exps.py --scale laptop
+	$(BIN)/python -m utils.figures --scale laptop --recompute
+
+test: $(READY)
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+$(READY): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
