@@ -1,0 +1,272 @@
+"""resample.py from the command line, on small networks trained on the digits: what it writes, when it refuses, and the
+paper's claims about rainbow networks at laptop scale."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_block
+import resample
+from utils.alignment import Alignment
+from utils.checkpoints import RunFolder, load, load_network, save
+from utils.datasets import load_datasets
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTHS = (16, 32, 64, 64)
+RECIPE = ("--digits --epochs 6 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 32 --wd 0 --psi-arch mod "
+          "--n-blocks 4 --factorize-filters 0 --scattering-wph 1 --scat-angles 4 --classifier-batch-norm std "
+          "--no-classifier-bias --device cpu").split()
+
+
+def train(root, name, widths, *more):
+    sizes = [] if widths is None else ["-a", "Fw Std Pr N", "--Pr-size", *map(str, widths)]
+    main_block.main([*RECIPE, *sizes, "--checkpoints", str(root), "--dir", name, *more])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with networks of width scalings 1/2, 1 and 2, and one more of 2 from another initialisation."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for scale in (0.5, 1, 2):
+        train(root, f"width{scale}", [int(scale * width) for width in WIDTHS])
+    train(root, "other", [2 * width for width in WIDTHS], "--seed", "1")
+    return root
+
+
+def run(root, experiment, *more):
+    argv = ["--experiment", experiment, "--checkpoints", str(root), "--device", "cpu", *map(str, more)]
+    assert resample.main(argv) == 0
+
+
+def rows(folder):
+    with open(folder / "accuracies.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def final(folder):
+    """Mean top-1 accuracy of the samples."""
+    last = {row["repeat"]: float(row["acc1"]) for row in rows(folder)}
+    return sum(last.values()) / len(last)
+
+
+def contents(folder):
+    """What a sample is: its files but for times and processes."""
+    return [(folder / "accuracies.csv").read_bytes(),
+            *[(path.name, sorted((key, value.tolist()) for key, value in load(path)["state_dict"].items()))
+              for path in sorted(folder.glob("checkpoint_repeat*.pt"))]]
+
+
+@pytest.fixture(scope="module")
+def sampled(root):
+    for scale in (0.5, 1, 2):
+        run(root, f"width{scale}", "--num-repeats", 3)
+    return root / "resamplings"
+
+
+# ---- what is written
+
+
+def test_a_sample_is_written_with_the_accuracy_after_every_layer(root, sampled):
+    folder = sampled / "resample-width1"
+    found = rows(folder)
+    assert [(row["repeat"], row["layer"]) for row in found] == [(str(r), str(j)) for r in range(3) for j in range(5)]
+    assert all(0 <= float(row["acc1"]) <= float(row["acc5"]) <= 100 for row in found)
+    trained = json.loads((root / "width1" / "status.json").read_text())["acc1"]
+    assert {row["acc1"] for row in found if row["layer"] == "0"} == {f"{trained:.4f}"}
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "finished" and status["acc1"] == pytest.approx(final(folder))
+    assert not list(folder.glob(".*"))
+
+
+def test_a_sample_can_be_trained_on_its_classifier_alone(root, sampled, capsys):
+    sample = sampled / "resample-width0.5" / "checkpoint_repeat0.pt"
+    train(root, "retrained", [8, 16, 32, 32], "--resume", "resamplings/resample-width0.5/checkpoint_repeat0.pt",
+          "--restart", "--freeze-P", "1", "1", "1", "1", "--epochs", "2")
+    before, after = load(sample)["state_dict"], RunFolder(root, "retrained").checkpoint()["state_dict"]
+    weights = [name for name in before if name.endswith("Pr.weight")]
+    assert len(weights) == 4 and all(torch.equal(before[name], after[name]) for name in weights)
+    assert not torch.equal(before["classifier.linear.weight"], after["classifier.linear.weight"])
+    with open(root / "retrained" / "metrics.csv", newline="") as file:
+        first = next(csv.DictReader(file))
+    assert float(first["val_acc1"]) == float(rows(sample.parent)[4]["acc1"])
+
+
+def test_what_is_there_is_not_sampled_again(root, sampled, capsys):
+    folder = sampled / "resample-width1"
+    before, times = contents(folder), [path.stat().st_mtime_ns for path in folder.glob("*.pt")]
+    run(root, "width1", "--num-repeats", 3)
+    assert capsys.readouterr().out.count("there already") == 3
+    assert contents(folder) == before and [path.stat().st_mtime_ns for path in folder.glob("*.pt")] == times
+
+
+def test_other_options_do_not_overwrite(root, sampled):
+    before = contents(sampled / "resample-width1")
+    with pytest.raises(UserError, match="holds samples with seed = 0, now 1"):
+        run(root, "width1", "--seed", 1)
+    assert contents(sampled / "resample-width1") == before
+
+
+def test_samples_of_a_network_that_was_trained_anew_are_stale(root):
+    folder = RunFolder(root, "copy")
+    folder.create()
+    for name in ("args.json", "status.json", "last.pt"):
+        (folder.path / name).write_bytes((root / "width0.5" / name).read_bytes())
+    run(root, "copy")
+    first = contents(root / "resamplings" / "resample-copy")
+    checkpoint = load(folder.file())
+    checkpoint["state_dict"]["blocks.0.body.Pr.weight"] *= -1
+    save(folder.file(), checkpoint)
+    run(root, "copy")
+    assert contents(root / "resamplings" / "resample-copy") != first
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "rows"])
+def test_an_interrupted_run_equals_an_uninterrupted_one(root, sampled, monkeypatch, moment):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resample, "save" if moment == "checkpoint" else "write_rows", interrupted)
+        run(root, "width1", "--num-repeats", 3, "--dir", moment)
+    run(root, "width1", "--num-repeats", 3, "--dir", moment)
+    assert contents(root / moment) == contents(sampled / "resample-width1")
+
+
+def test_a_killed_process_leaves_what_the_next_one_finishes(root, sampled):
+    command = [sys.executable, "resample.py", "--experiment", "width1", "--checkpoints", root, "--device", "cpu",
+               "--num-repeats", "3", "--dir", "killed"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (root / "killed" / "checkpoint_repeat0.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((root / "killed" / "status.json").read_text())["state"] == "running"
+    run(root, "width1", "--num-repeats", 3, "--dir", "killed")
+    known, found = (path / "accuracies.csv" for path in (sampled / "resample-width1", root / "killed"))
+    assert found.read_bytes() == known.read_bytes()
+
+
+@pytest.mark.parametrize("arch, sizes, changed", [
+    ("Fw rho Std Pr N", ("--Pr-size", "4", "6"), ["Pr_size", [8, 5]]),
+    ("Fw rho Std Pc N", ("--Pc-size", "4", "6"), ["Pc_size", [8, 5]]),
+])
+def test_complex_networks_are_sampled_at_other_widths(tmp_path, arch, sizes, changed):
+    train(tmp_path, "trained", None, "-a", arch, "--psi-arch", "", "--n-blocks", "2", *sizes, "--epochs", "0")
+    run(tmp_path, "trained", "--num-atoms", 8, 5, "--dir", "wide", "--method", "orthogonal", "--align-test")
+    network, args = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
+    assert getattr(args, changed[0]) == changed[1]
+    assert [len(p.weight) for p in network.projections()] == changed[1]
+
+
+def test_resnets_are_sampled_at_widths_of_one_scaling(tmp_path):
+    main_block.main(["--digits", "--resize-images", "32", "-a", "resnet18-custom", "--standard-width-scaling", "0.0625",
+                     "--epochs", "0", "--checkpoints", str(tmp_path), "--dir", "trained", "--device", "cpu"])
+    names = [4] * 5 + [8] * 5 + [16] * 5 + [32] * 5
+    run(tmp_path, "trained", "--num-atoms", *[2 * n for n in names], "--dir", "wide", "--epoch", 0)
+    network, args = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
+    assert args.standard_width_scaling == 0.125 and len(network.conv1.weight) == 8
+    with pytest.raises(UserError, match="one s; s = 0.125 gives 8 8 8 8 8 16"):
+        run(tmp_path, "trained", "--num-atoms", *[8] * 20, "--dir", "odd")
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--experiment", "widht1"], "no such run in .*; did you mean width1"),
+    (["--experiment", "width1", "--epoch", "3"], "epochs kept in .*: 0, 1, 2, 5"),
+    (["--experiment", "width1", "--num-atoms", "8", "16"], "2 widths are given for 4 layers"),
+    (["--experiment", "width1", "--num-atoms", "8", "0"], "'?0'? is not a positive integer"),
+    (["--experiment", "width1", "--method", "uniform"], "invalid choice"),
+    (["--experiment", "../width1"], "not a name of a run"),
+    (["--experiment", "width1", "--dir", "/tmp"], "not a name of a run"),
+    (["--experiment", "width1", "--device", "tpu"], "no such device"),
+    (["--experiment", "width1", "--batch-size", "0"], "is not a positive integer"),
+    (["--epoch", "1"], "--experiment"),
+])
+def test_refusals_leave_nothing(root, more, message):
+    before = sorted(root.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        resample.main([*more, "--checkpoints", str(root)])
+    assert sorted(root.rglob("*")) == before
+
+
+def altered(root, tmp_path, status=None, args=None, weights=None):
+    """A copy of a trained run with something else in it."""
+    folder = RunFolder(tmp_path, "altered")
+    folder.create()
+    for name in ("args.json", "status.json", "last.pt"):
+        (folder.path / name).write_bytes((root / "width0.5" / name).read_bytes())
+    for name, change in (("status.json", status), ("args.json", args)):
+        if change:
+            path = folder.path / name
+            path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    checkpoint = load(folder.file())
+    if weights:
+        weights(checkpoint["state_dict"])
+    if args:
+        checkpoint["args"] = args({"args": checkpoint["args"]})["args"]
+    save(folder.file(), checkpoint)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"status": lambda s: {**s, "state": "stopped", "epoch": 4}}, r"not finished \(epoch 4 of 6, stopped\)"),
+    ({"args": lambda a: {"args": {**a["args"], "resize_images": 16}}}, "was trained on 1 real channels of 8×8 and 10"),
+    ({"weights": lambda w: w["blocks.1.body.Pr.weight"].view(-1)[:3].fill_(float("nan"))},
+     "layer blocks.1.body.Pr: 3 of its 640 weights are not finite"),
+])
+def test_networks_that_cannot_be_sampled(root, tmp_path, change, message):
+    altered(root, tmp_path, **change)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, "altered")
+    assert [path.name for path in tmp_path.iterdir()] == ["altered"]
+
+
+def test_errors_are_one_line_and_status_2(root):
+    found = subprocess.run([sys.executable, "resample.py", "--experiment", "nothing", "--checkpoints", root], cwd=ROOT,
+                           capture_output=True, text=True)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr.startswith("resample.py: error: --experiment nothing") and found.stderr.count("\n") == 1
+
+
+# ---- the paper's claims, on the digits
+
+
+def trained(root, scale):
+    return json.loads((root / f"width{scale}" / "status.json").read_text())["acc1"]
+
+
+def test_rainbow_accuracy_rises_with_width_towards_the_trained_networks(root, sampled):
+    rainbow = {scale: final(sampled / f"resample-width{scale}") for scale in (0.5, 1, 2)}
+    assert rainbow[0.5] < rainbow[1] < rainbow[2]
+    assert rainbow[1] > trained(root, 1) - 5
+    assert rainbow[2] > trained(root, 2) - 3
+
+
+def test_white_features_stay_below(root, sampled):
+    run(root, "width0.5", "--method", "white", "--dir", "white", "--num-repeats", 3)
+    assert final(root / "white") < final(sampled / "resample-width0.5") - 10
+
+
+def test_twice_the_trained_width_is_at_least_as_good(root, sampled):
+    run(root, "width0.5", "--num-atoms", *WIDTHS, "--dir", "wide", "--num-repeats", 3)
+    assert final(root / "wide") >= final(sampled / "resample-width0.5")
+
+
+def test_alignment_errors_fall_with_width(root):
+    networks = [load_network(RunFolder(root, f"width{scale}"))[0] for scale in (0.5, 1, 2)]
+    other, args = load_network(RunFolder(root, "other"))
+    data = load_datasets(args)
+    train_set, test_set = (images.loader(250) for images in (data.train, data.val))
+    errors = [Alignment().fit(network, other, train_set).score(network, other, test_set) for network in networks]
+    for layer in zip(*errors):
+        assert layer[0] > layer[1] > layer[2] or max(layer) < 1e-3  # the first layer's input is the same
