@@ -188,6 +188,8 @@ def introduce(training, log, resumed):
     if world.size > 1:
         log.say(f"{world.size} processes share each batch of {args.batch_size} images; the learning rate stays "
                 f"{args.lr:g}, it is not scaled with the number of processes")
+    if training.left_out:
+        log.say(f"{training.left_out} images of each epoch are left out: they are fewer than the processes")
     if resumed:
         log.say(f"weights from {resumed}" + ("" if args.restart else f", going on after epoch {training.epoch}"))
     elif training.epoch >= args.epochs:

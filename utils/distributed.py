@@ -4,7 +4,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 from utils.device import pick_device
 from utils.errors import UserError
@@ -68,6 +67,22 @@ def join(device_name, environ=os.environ):
     return World(device, dist.get_rank(), size)
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over all ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context, gradient):
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with the statistics of the batches of all ranks together, on any device."""
 
@@ -75,10 +90,10 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         parts = torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])])  # (C + 1,)
-        parts = all_reduce(parts)
+        parts = _SumOverRanks.apply(parts)
         count, mean = parts[-1].detach(), parts[:-1] / parts[-1]
         centred = x - mean[:, None, None]
-        var = all_reduce((centred**2).sum((0, 2, 3))) / count
+        var = _SumOverRanks.apply((centred**2).sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

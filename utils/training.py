@@ -5,9 +5,11 @@ last checkpoint. So a run that was interrupted, killed or moved ends in the same
 machine with the same number of threads.
 """
 import contextlib
+import itertools
 import math
 import signal
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from utils.checkpoints import checkpoint_of, is_saved_epoch, save
 from utils.distributed import share_batch_norm
-from utils.errors import DivergedError, StoppedError
+from utils.errors import DivergedError, StoppedError, UserError
 
 MEETING = 16  # steps between two exchanges of stop requests among ranks
 
@@ -35,6 +37,7 @@ class Tally:
     """Loss and hits of every step of an epoch, on the device until they are asked for."""
 
     def __init__(self, steps, device, rows=None):
+        steps = max(steps, 0 if rows is None else len(rows))
         self.rows = torch.zeros(steps, 4, device=device)  # sum of losses, top-1 hits, top-5 hits, images
         if rows is not None:
             self.rows[: len(rows)] = rows.to(device)
@@ -97,7 +100,7 @@ class Training:
         self.epoch = self.step = 0  # epochs done, steps done in the next
         self.best_acc1 = None
         self.history = []  # a row of metrics for every epoch, from 0
-        self.steps = math.ceil(len(datasets.train) / args.batch_size)
+        self.steps, self.left_out = _steps(len(datasets.train), args.batch_size, world)
         self.tally = Tally(self.steps, world.device)
         self.stop = StopRequest()
 
@@ -115,7 +118,8 @@ class Training:
         _set_random_state(checkpoint["random"], self.world)
         if checkpoint["args"]["batch_size"] == self.args.batch_size:
             self.step = int(checkpoint["step"])
-            self.tally = Tally(self.steps, self.world.device, checkpoint["tally"] if self.world.is_main else None)
+            rows = checkpoint["tally"]
+            self.tally = Tally(self.steps, self.world.device, rows if self.world.is_main else torch.zeros_like(rows))
 
     def run(self):
         """Trains to the last epoch. Raises StoppedError, its state saved, DivergedError or WriteError."""
@@ -141,7 +145,8 @@ class Training:
         self.network.train()
         first, began = self.step, time.perf_counter()
         with self.log.bar(self.steps, first, f"epoch {self.epoch + 1}/{self.args.epochs}") as bar:
-            for images, labels in self._batches(self.datasets.train, train=True, start=first):
+            batches = self._batches(self.datasets.train, train=True, start=first)
+            for images, labels in itertools.islice(batches, max(self.steps - first, 0)):
                 if self._must_stop(self.step):
                     self._stop()
                 if len(labels) or self.world.size > 1:
@@ -151,7 +156,7 @@ class Training:
                 if self.step % self.args.print_freq == 0 and self.step < self.steps:
                     self._report(bar)
             score = self._score()
-        done = score.images * (self.steps - first) / self.steps
+        done = score.images * (self.step - first) / max(self.step, 1)
         return score, done / (time.perf_counter() - began)
 
     def _train_step(self, images, labels):
@@ -182,8 +187,9 @@ class Training:
             for step, (images, labels) in enumerate(self._batches(dataset, train=False)):
                 if self._must_stop(step):
                     self._stop()
-                logits = self.forward_alone(images).float()
-                tally.add(step, logits, labels, F.cross_entropy(logits, labels, reduction="sum"))
+                if len(labels):
+                    logits = self.forward_alone(images).float()
+                    tally.add(step, logits, labels, F.cross_entropy(logits, labels, reduction="sum"))
                 bar.update(1)
         score, bad = tally.score(steps, self.world)
         if bad:
@@ -270,16 +276,28 @@ class Training:
 
     def _state(self):
         """Everything a run needs to go on exactly. A meeting of all ranks within an epoch."""
-        rows = self.world.sum(self.tally.rows[: self.step].clone()).cpu()
+        rows = self.tally.rows[: self.step].clone()
+        if self.step:
+            self.world.sum(rows)
         return {
             **checkpoint_of(self.network, self.args, self.epoch, self.best_acc1),
             "optimizer": self.optimizer.state_dict(), "random": _random_state(self.world.device),
-            "step": self.step, "tally": rows, "history": self.history,
+            "step": self.step, "tally": rows.cpu(), "history": self.history,
         }
 
     def _status(self, state, message=""):
         acc1 = self.history[-1]["val_acc1"] if self.history else None
         self.log.status(state, self.epoch, self.args.epochs, acc1, self.best_acc1, message)
+
+
+def _steps(images, batch_size, world):
+    """Steps of an epoch, and how many images are left out because they are fewer than the processes."""
+    rest = images % batch_size
+    if images < world.size:
+        raise UserError(f"{images} images for training are fewer than the {world.size} processes")
+    if 0 < rest < world.size:
+        return images // batch_size, rest
+    return math.ceil(images / batch_size), 0
 
 
 def make_optimizer(network, args):
@@ -296,7 +314,9 @@ def _wrapped(network, args, world):
     shared = network
     if world.size > 1:
         share_batch_norm(network)
-        shared = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for this argument
+            shared = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     if not args.compile:
         return shared, network
     return torch.compile(shared), torch.compile(network)
