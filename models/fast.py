@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from models.nonlinearity import NonLinearity
 from models.scattering import output_size, padding_indices
-from models.standardization import EPSILON, sum_over_ranks
+from models.standardization import EPSILON, count_over_ranks, sum_over_ranks
 
 _RANK_TOLERANCE = 1e-7  # singular values below this part of the largest are lost in float32 anyway
 _SEPARABLE_OVERHEAD = 2.5  # measured: what a multiply-add of two small products costs beside one of a dense product
@@ -470,12 +470,11 @@ def _within(inner, outer):
 
 
 class FusedBlock(nn.Module):
-    """What a block of the pattern `Fw [rho] [Std] P|Pr|Pc [N]` computes, as one operation. See `fusable`."""
+    """What a block of the pattern `Fw [rho] [Std] P|Pr|Pc [N]` computes, as one operation. See `fused`."""
 
-    def __init__(self, transform, skip, standardized, normalized, shape, parts, channels, out_parts):
+    def __init__(self, transform, skip, standardized, normalized, shape, parts, channels):
         super().__init__()
-        self.skip, self.standardized, self.normalized = skip, standardized, normalized
-        self.parts, self.channels, self.out_parts = parts, channels, out_parts
+        self.skip, self.standardized, self.normalized, self.channels = skip, standardized, normalized, channels
         bank = transform.bank.cpu().numpy()
         self.maps = WaveletMaps(bank, shape, transform.subsample, parts, phi_parts=2 if skip else 1)
         self.width = channels * transform.bank.shape[0] * (3 if skip else 1)  # real columns of the features
@@ -593,7 +592,7 @@ class FusedBlock(nn.Module):
     def compute_features(self, x, statistics):
         """Features (B·M'·N', width) and their statistics: of this batch if none are given."""
         features = x.new_empty(self.rows(slice(0, len(x))).stop, self.width)
-        moments = x.new_zeros(2, self.width, dtype=torch.float64)
+        moments = x.new_zeros(2, self.width, dtype=torch.float if x.device.type == "mps" else torch.double)
         for chunk in self.chunks(x):
             part = features[self.rows(chunk)]
             self.chunk_features(x[chunk], part)
@@ -601,9 +600,9 @@ class FusedBlock(nn.Module):
                 moments[0] += part.sum(0)
                 moments[1] += part.square().sum(0)
         if statistics is None:
-            count = torch.tensor(float(len(features)), device=x.device)
-            sum_over_ranks(moments, count)
-            statistics = self._finish(moments / count, int(count))
+            sum_over_ranks(moments)
+            count = count_over_ranks(len(features), x.device)
+            statistics = self._finish(moments / count, count)
         return features, statistics
 
     def _finish(self, moments, count):
@@ -760,7 +759,6 @@ def fused(block_signal, stages):
     return FusedBlock(
         transform, skip, "homogeneous" if standardized and std.homogeneous else standardized, normalized,
         (block_signal.height, block_signal.width), 2 if block_signal.complex else 1, block_signal.channels,
-        2 if projection.out.complex else 1,
     )
 
 

@@ -16,6 +16,14 @@ def sum_over_ranks(*tensors):
     return tensors
 
 
+def count_over_ranks(count, device):
+    """Sum a number over all processes of a distributed training."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count
+    (total,) = sum_over_ranks(torch.tensor(count, device=device))
+    return int(total)
+
+
 class _SumOverRanks(torch.autograd.Function):
     """Differentiable sum over processes: the gradient of a sum is summed over processes too."""
 
@@ -54,8 +62,7 @@ class Standardization(nn.Module):
     def batch_statistics(self, x):
         """Mean (C,) and biased variance (C,) of a batch; updates the running ones."""
         dims = (0, 2, 3)
-        count = torch.tensor(x.numel() // x.shape[1], device=x.device)
-        sum_over_ranks(count)
+        count = count_over_ranks(x.numel() // x.shape[1], x.device)
         if self.homogeneous:
             mean = torch.zeros_like(self.mean)
         else:
@@ -63,7 +70,7 @@ class Standardization(nn.Module):
         centred = x - mean[:, None, None]
         energy = centred.real**2 + centred.imag**2 if x.is_complex() else centred**2
         var = _SumOverRanks.apply(energy.sum(dims)) / count
-        self.update(mean, var, int(count))
+        self.update(mean, var, count)
         return mean, var
 
     @torch.no_grad()
@@ -94,8 +101,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if not (self.training and distributed):
             return super().forward(x)
-        count = torch.tensor(x.numel() // x.shape[1], device=x.device)
-        sum_over_ranks(count)
+        count = count_over_ranks(x.numel() // x.shape[1], x.device)
         mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
         var = _SumOverRanks.apply((centred**2).sum((0, 2, 3))) / count
