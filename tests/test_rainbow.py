@@ -167,6 +167,7 @@ def test_bad_input_is_said(loader):
         Rainbow.fit(mlp(), shuffled).sample()
 
 
+@pytest.mark.filterwarnings("ignore:layer 5")
 def test_too_few_samples_are_said_with_their_numbers(loader):
     rainbow = Rainbow.fit(mlp(), [(loader[0][0][:10], loader[0][1][:10])])
     with pytest.warns(UserWarning, match="layer 3: 10 samples for 24 dimensions"):
