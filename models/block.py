@@ -239,6 +239,10 @@ class Block(nn.Module):
         """`forward` from (B, M, N, p·C) to (B, M', N', q·C'), the form in which fused blocks hand maps on."""
         return self._fused(x, self.P.weight, self.std)
 
+    def columns_of(self, x):
+        """`features` before `std` from (B, M, N, p·C), as the columns that `FusedBlock.columns_of` describes."""
+        return self._fused.columns_of(x)
+
     def runs_fused(self, dtype):
         """Whether `forward` runs as one operation for images of this type."""
         hooked = any(module is not None and (module._forward_hooks or module._forward_pre_hooks)

@@ -726,6 +726,19 @@ class FusedBlock(nn.Module):
         return self.maps.join(y)
 
     @torch.no_grad()
+    def columns_of(self, x):
+        """Features before standardisation of x (B, M, N, p·C), as real and imaginary parts, each (B·M'·N', ·) with its
+        order: channel d's real part is column order[d]. The imaginary part is None for real features; it belongs to
+        the first channels, those of z, where there are fewer. No gradients."""
+        statistics = Statistics(x.new_zeros(0), x.new_zeros(0))
+        features, _ = self.compute_features(self.maps.split(x).contiguous(), statistics)
+        if not self.skip:
+            return (features, self.places), None
+        third = self.width // 3
+        order = torch.cat([self.places, third + self.places])
+        return (features[:, : 2 * third], order), (features[:, 2 * third :], self.places)
+
+    @torch.no_grad()
     def features(self, x):
         """x (B, C, M, N) -> [φ, |ψ|] or [z, |z|] (B, D, M', N') in canonical channel order; no gradients."""
         statistics = Statistics(x.new_zeros(0), x.new_zeros(0))
