@@ -5,10 +5,9 @@ import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from importlib import metadata
 
-import numpy as np
 import torch
-import torchvision
 
 import models
 from utils import distributed, options
@@ -164,8 +163,8 @@ def hold(folder, args, goes_on):
 def description(network, args, argv):
     """What args.json holds: everything that is needed to repeat and understand a run."""
     total, learned = count_parameters(network)
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__, "numpy": np.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions.update({package: metadata.version(package) for package in ("torchvision", "numpy")})
     return {"argv": argv, "args": vars(args), "versions": versions, "seed": args.seed,
             "parameters": {"total": total, "learned": learned}}
 

@@ -108,6 +108,7 @@ def test_every_option_has_help_and_an_effect_on_the_arguments():
     ("--cifar10", "not allowed with"),
     ("--data somewhere", "--data is ImageNet's folder"),
     ("--restart", "--resume FILE"),
+    ("--P-eigenvectors-end 3", "--P-eigenvectors, which is missing"),
     ("--data-subset 3", "START:STOP"),
     ("--scattering-wph 2", "0 or 1"),
     ("--pars-reg --quadrature-reg", "not allowed with"),

@@ -265,3 +265,23 @@ def test_images_and_weights_of_standard_networks_are_channels_last():
     network = main_block.build(args, Signal(1, 32, 32), World(torch.device("cpu")))
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1]
     assert convolutions and all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convolutions)
+
+
+def test_a_compiled_network_trains_the_same_weights_under_the_same_names(monkeypatch):
+    plain = train("norm", "plain", "--epochs", "1")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or torch.nn.Sequential(module))
+    assert is_same(train("norm", "run", "--epochs", "1", "--compile"), plain) and len(compiled) == 2
+
+
+def test_tf32_is_set_as_asked():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for flags, precision in ((["--tf32"], "high"), ([], "highest")):
+            args = options.parse(command("norm", "run", *flags), {})
+            main_block.set_precision(args, torch.device("cuda"))
+            assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.cudnn.allow_tf32 == args.tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -99,7 +99,8 @@ def interval(text):
 
 def parser():
     """The parser of `main_block.py`."""
-    top = Parser(prog="main_block.py", description="Trains one network of the paper.", allow_abbrev=False)
+    top = Parser(prog="main_block.py", usage="%(prog)s -a ARCH --digits [options]", allow_abbrev=False,
+                 description="Trains one network of the paper.")
     _add_network_options(top)
     _add_projection_options(top)
     _add_classifier_options(top)
@@ -272,6 +273,8 @@ def parse(argv=None, environ=os.environ):
     else:
         _refuse_foreign(args, defaults, lambda dest: dest.startswith("standard_"), "a network of blocks")
         _check_modules(args)
+    if not args.P_eigenvectors and (args.P_eigenvectors_start or args.P_eigenvectors_end):
+        raise UserError("--P-eigenvectors-start and -end choose among --P-eigenvectors, which is missing")
     for dest, default in PER_BLOCK.items():
         setattr(args, dest, _in_full(dest, getattr(args, dest), default, args.n_blocks))
     if args.restart and not args.resume:
