@@ -14,7 +14,7 @@ from threading import Thread
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
@@ -281,7 +281,7 @@ class _Reader(Dataset):
                 images[len(good)] = self._read(index).reshape(height, width, channels)
                 good.append(index)
             except Exception as error:  # decoders meet foreign bytes with any exception
-                bad.append((files.path(index), _in_a_line(error)))
+                bad.append((files.path(index), _reason(error)))
         return torch.from_numpy(images[: len(good)]), files.labels[good], bad
 
     def _read(self, index):
@@ -371,9 +371,11 @@ def _as_it_is(batch):
     return batch
 
 
-def _in_a_line(error):
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+def _reason(error):
+    """Why an image could not be read, in a line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known format"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _leave_signals_to_the_parent(_):
