@@ -728,12 +728,12 @@ class FusedBlock(nn.Module):
     @torch.no_grad()
     def columns_of(self, x):
         """Features before standardisation of x (B, M, N, p·C), as real and imaginary parts, each (B·M'·N', ·) with its
-        order: channel d's real part is column order[d]. The imaginary part is None for real features; it belongs to
-        the first channels, those of z, where there are fewer. No gradients."""
+        order: channel d's real part is column order[d]. The imaginary part is None for real features; it is that of
+        the first channels, those of z. No gradients."""
         statistics = Statistics(x.new_zeros(0), x.new_zeros(0))
         features, _ = self.compute_features(self.maps.split(x).contiguous(), statistics)
         if not self.skip:
-            return (features, self.places), None
+            return (features, self.places), (None, None)
         third = self.width // 3
         order = torch.cat([self.places, third + self.places])
         return (features[:, : 2 * third], order), (features[:, 2 * third :], self.places)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from models.block import BlockConfig
 from models.scatnet import ScatNet, ScatNetConfig
 from models.signal import Signal
-from utils.activations import ChannelSums, ProductSum, gram, moments
+from utils.activations import ChannelSums, ProductSum, Samples, gram, moments
 from utils.errors import UserError
 from utils.layers import inspect, weight_layers
 
@@ -173,19 +173,47 @@ def test_a_convolutions_patches_give_the_energy_of_its_output():
         torch.testing.assert_close(((weights @ found.auto(0, 0)) * weights).sum(1), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
-def test_half_a_symmetric_product_is_the_whole(dtype):
-    x = torch.randn(50, 700, dtype=dtype)
-    torch.testing.assert_close(gram(x), x.T @ x.conj(), rtol=1e-4, atol=1e-4)
+def test_half_a_symmetric_product_is_the_whole():
+    x = torch.randn(50, 700)
+    torch.testing.assert_close(gram(x), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first, second", [("r", "r"), ("r", "c"), ("c", "r"), ("c", "c")])
+def test_complex_products_come_from_real_ones(first, second):
+    a, b = (torch.randn(60, 9, dtype=torch.complex64 if kind == "c" else torch.float32) for kind in (first, second))
+    for of_two in (True, False):
+        both, real = ProductSum(), ProductSum(complex_values=False)
+        for total in (both, real):
+            total.add(Samples.of(a), *([Samples.of(b)] * of_two))
+        expected = a.T.to(torch.complex128) @ (b if of_two else a).to(torch.complex128).conj()
+        torch.testing.assert_close(both.total().to(torch.complex128), expected, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(real.total(), expected.real, atol=1e-4, rtol=1e-5)
+
+
+def test_a_blocks_columns_are_its_features():
+    for arch, psi in (("Fw Std Pr N", "mod"), ("Fw rho Pc N", "")):
+        block = scatnet(arch, psi).blocks[0]
+        x = batches()[0][0]
+        with torch.no_grad():
+            features = Samples.of(block.features(x).movedim(1, -1).flatten(0, 2))
+        (real, real_order), (imaginary, imaginary_order) = block.columns_of(x.movedim(1, -1).contiguous())
+        columns = Samples(real, imaginary, real_order, imaginary_order)
+        products, sums = (ProductSum(), ProductSum()), (ChannelSums(), ChannelSums())
+        for product, channel_sums, samples in zip(products, sums, (features, columns)):
+            product.add(features, samples)
+            channel_sums.add(samples)
+        torch.testing.assert_close(products[0].total(), products[1].total(), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(sums[0].mean, sums[1].mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sums[0].var, sums[1].var, rtol=1e-4, atol=1e-5)
 
 
 def test_sums_keep_the_digits_that_single_precision_loses():
     total, channels = ProductSum(), ChannelSums()
-    total.add(torch.full((1, 1), 1e5))
+    total.add(Samples.of(torch.full((1, 1), 1e5)))
     for _ in range(300):
-        total.add(torch.ones(1, 1))
-        channels.add(torch.full((1000, 1), 1000.0))
-    assert total.total.item() == 1e10 + 300
+        total.add(Samples.of(torch.ones(1, 1)))
+        channels.add(Samples.of(torch.full((1000, 1), 1000.0)))
+    assert total.total().item() == 1e10 + 300
     assert channels.var.item() == 0 and channels.count == 300_000
 
 

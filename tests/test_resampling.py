@@ -209,42 +209,44 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_memory(name):
     assert not all(torch.equal(value, weights[2][key]) for key, value in weights[0].items())
 
 
-def count_features(monkeypatch, network, data, **options):
-    """How many times each block's wavelets see all images, for the trained network and for the new one."""
+def count_passes(monkeypatch, network, data, **options):
+    """How many times the wavelets of each block see all images, in the trained network and in the new one."""
     seen, images = {}, sum(len(labels) for _, labels in data)
-    features, blocks = Block.features, len(network.blocks)
 
-    def counted(block, x):
-        seen[block] = seen.get(block, 0) + len(x)
-        return features(block, x)
+    def counted(method):
+        def call(block, x):
+            seen[block] = seen.get(block, 0) + len(x)
+            return method(block, x)
+        return call
 
     with monkeypatch.context() as patch:
         sampler = RainbowSampler(MeanNetwork.fit([network], data), data, **options)
-        patch.setattr(Block, "features", counted)
+        for name in ("features", "forward_planar", "columns_of"):
+            patch.setattr(Block, name, counted(getattr(Block, name)))
         sampled = sampler.sample().network
-    counts = [[seen[block] // images for block in each.blocks] for each in (network, sampled)]
-    assert all(seen[block] % images <= 10 for each in (network, sampled) for block in each.blocks)  # dry runs
-    return counts, blocks
+    rest = {block: count % images for block, count in seen.items()}
+    assert max(rest.values()) <= 20  # dry runs of two images
+    return [[seen[block] // images for block in each.blocks] for each in (network, sampled)]
 
 
 def test_each_layer_continues_from_the_features_before_it(monkeypatch):
-    (trained, new), blocks = count_features(monkeypatch, scatnet(widths=(6, 8, 8, 6)), batches())
-    assert trained == new == [1] * blocks  # two passes in all, of the six that are allowed
+    """Each block runs once, and its wavelets once more before its weights are known: 3.5 passes of 6 allowed."""
+    trained, new = count_passes(monkeypatch, scatnet(widths=(6, 8, 8, 6)), batches())
+    assert trained == new == [1, 2, 2, 2]
 
 
 def test_without_memory_each_layer_takes_partial_passes_from_the_images(monkeypatch):
-    (trained, new), blocks = count_features(monkeypatch, scatnet(widths=(6, 8, 8, 6)), batches(), memory=0)
-    assert trained == [4, 4, 3, 2]  # for the layers 2, 3, 4 and the classifier
-    assert new == [5, 5, 4, 3]  # and once more for the classifier's batch norm
+    """Layer 2 needs 2 blocks, layer 3 needs 3, layer 4 and the classifier all 4; the first needs none."""
+    trained, new = count_passes(monkeypatch, scatnet(widths=(6, 8, 8, 6)), batches(), memory=0)
+    assert trained == new == [4, 4, 3, 2]
 
 
 def test_a_part_of_the_memory_saves_a_part_of_the_passes(monkeypatch):
     network, data = scatnet(widths=(6, 8, 8, 6)), batches()
-    program = Program(network, data[0][0])
     images = sum(len(labels) for _, labels in data)
-    last = program.bytes_at(program.end - 1)
-    (trained, new), blocks = count_features(monkeypatch, network, data, memory=4 * (2 * last * images // 3 + 1))
-    assert trained == new == [4, 4, 3, 2]  # the classifier continues from the last block's output
+    third = Program(network, data[0][0]).bytes_at(3)  # what goes into the third block, smaller than what came before
+    trained, new = count_passes(monkeypatch, network, data, memory=-(-2 * third * images * 4 // 3) + 3)
+    assert trained == new == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -298,7 +300,7 @@ def test_steps_compute_what_the_network_does():
             for position in range(program.end):
                 env = program.run(env, position, position + 1)
             torch.testing.assert_close(env[program.output], network(data[0][0]), atol=1e-4, rtol=1e-3)
-        assert program.end == 1 if name == "untraceable" else program.end > 5
+        assert program.end == 1 if name == "untraceable" else program.end >= 5
 
 
 # ---- bad input

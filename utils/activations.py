@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,64 +40,140 @@ def accumulation_device(device: torch.device) -> torch.device:
 
 
 def gram(x: Tensor) -> Tensor:
-    """Xᵀ X̄ for samples X (n, D), with half the work: the blocks below the diagonal are copied. # (D, D)"""
+    """XᵀX for real samples X (n, D), with half the work: the blocks below the diagonal are copied. # (D, D)"""
     size = x.shape[1]
     if size <= SMALL_MATRIX:
-        return x.T @ x.conj()
+        return x.T @ x
     left, right = x[:, : size // 2], x[:, size // 2 :]
-    corner = left.T @ right.conj()
-    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.mH, gram(right)], 1)])
+    corner = left.T @ right
+    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.T, gram(right)], 1)])
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples of D channels, rows of real matrices: real (n, D), and imaginary (n, D' ≤ D), that of the first D'
+    channels, or None. Where an `order` is given, channel d is column order[d]: matrices need no reordering of samples.
+    """
+
+    real: Tensor
+    imaginary: Tensor | None = None
+    real_order: Tensor | None = None
+    imaginary_order: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor) -> Samples:
+        """Samples (n, D), real or complex."""
+        return cls(x.real, x.imag) if x.is_complex() else cls(x)
+
+    def __len__(self):
+        return len(self.real)
+
+    def clone(self) -> Samples:
+        """The same in memory of its own."""
+        imaginary = None if self.imaginary is None else self.imaginary.clone()
+        return replace(self, real=self.real.clone(), imaginary=imaginary)
+
+    def parts(self) -> list[tuple[str, Tensor, Tensor | None]]:
+        """(name, columns, order) of the real and, if there is one, of the imaginary part."""
+        imaginary = [] if self.imaginary is None else [("i", self.imaginary, self.imaginary_order)]
+        return [("r", self.real, self.real_order), *imaginary]
 
 
 class ProductSum:
-    """Σ φ_a φ_b^H over the samples of both that are added, in double precision."""
+    """Σ φ_a φ_b^H over the samples of both that are added, in double precision; its real part if not `complex_values`.
 
-    def __init__(self):
-        self.total = None
+    In single precision it sums ROWS_AT_ONCE samples.
+    """
 
-    def add(self, a: Tensor, b: Tensor | None = None) -> None:
-        """Samples (n, D_a) and (n, D_b); without b the symmetric product of a with itself."""
+    def __init__(self, complex_values: bool = True):
+        self.complex_values = complex_values
+        self._sums: dict[str, Tensor] = {}
+        self._orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._shape = None
+
+    def add(self, a: Samples, b: Samples | None = None) -> None:
+        """Samples of D_a and D_b channels; without b the symmetric product of a with itself."""
+        self._shape = a.real.shape[1], (b or a).real.shape[1]
+        for name, columns, order in a.parts():
+            for other_name, other, other_order in (b or a).parts():
+                if name != other_name and not self.complex_values or (b is None and (name, other_name) == ("r", "i")):
+                    continue
+                self._orders[name + other_name] = order, other_order
+                self._add(name + other_name, columns, None if b is None and name == other_name else other)
+
+    def _add(self, key, a, b):
         for start in range(0, len(a), ROWS_AT_ONCE):
             rows = a[start : start + ROWS_AT_ONCE]
-            if b is None:
-                product = gram(rows)
-            else:
-                other = b[start : start + ROWS_AT_ONCE].conj()
-                dtype = torch.promote_types(rows.dtype, other.dtype)
-                product = rows.T.to(dtype) @ other.to(dtype)
-            if self.total is None:
-                dtype = torch.complex128 if product.is_complex() else torch.float64
-                self.total = torch.zeros(product.shape, dtype=dtype, device=accumulation_device(product.device))
-            self.total += product.to(self.total.device)
+            product = gram(rows) if b is None else rows.T @ b[start : start + ROWS_AT_ONCE]
+            if key not in self._sums:
+                device = accumulation_device(product.device)
+                self._sums[key] = torch.zeros(product.shape, dtype=torch.float64, device=device)
+            self._sums[key] += product.to(self._sums[key].device)
+
+    def total(self) -> Tensor:
+        """The sum. # (D_a, D_b) float64, or complex128 where samples and `complex_values` are"""
+        real = self._full("rr")
+        if "ii" in self._sums:
+            real += self._full("ii")
+        if not self.complex_values or len(self._sums) == 1:
+            return real
+        imaginary = self._full("ir") if "ir" in self._sums else torch.zeros_like(real)
+        if "ri" in self._sums:
+            imaginary -= self._full("ri")
+        elif "ii" in self._sums:
+            imaginary -= self._full("ir").T
+        return torch.complex(real, imaginary)
+
+    def _full(self, key):
+        """A sum in the order of the channels, with zeros for those that have no such part."""
+        total = self._sums[key]
+        rows, columns = (None if order is None else order.to(total.device) for order in self._orders[key])
+        total = total if rows is None else total[rows]
+        total = total if columns is None else total[:, columns]
+        full = total.new_zeros(self._shape)
+        full[: total.shape[0], : total.shape[1]] = total
+        return full
 
 
 class ChannelSums:
     """Mean and variance of every channel over the samples that are added, merged batch by batch in double precision."""
 
     def __init__(self):
-        self.count, self.mean, self.squares = 0, None, None
+        self.count = 0
+        self._parts: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}  # mean, squares, order
 
-    def add(self, x: Tensor) -> None:
-        """Samples (n, D), real or complex."""
-        count, device = len(x), accumulation_device(x.device)
-        mean = x.mean(0)
-        centred = x - mean
-        squares = (centred.real.square() + centred.imag.square() if x.is_complex() else centred.square()).sum(0)
-        mean = mean.to(device).to(torch.complex128 if x.is_complex() else torch.float64)
-        squares = squares.to(device).double()
-        if self.count == 0:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
-        total = self.count + count
-        shift = mean - self.mean
-        self.squares += squares + shift.abs().square() * (self.count * count / total)
-        self.mean += shift * (count / total)
-        self.count = total
+    def add(self, samples: Samples) -> None:
+        """Samples of D channels."""
+        count = len(samples)
+        for name, x, order in samples.parts():
+            mean = x.mean(0)
+            squares = (x - mean).square_().sum(0)
+            device = accumulation_device(x.device)
+            mean, squares = mean.to(device).double(), squares.to(device).double()
+            if self.count:
+                old, old_squares, _ = self._parts[name]
+                shift = mean - old
+                squares = old_squares + squares + shift.square() * (self.count * count / (self.count + count))
+                mean = old + shift * (count / (self.count + count))
+            self._parts[name] = mean, squares, order
+        self.count += count
+
+    @property
+    def mean(self) -> Tensor:
+        """E[φ]. # (D,) float64, or complex128"""
+        real = self._full("r", 0)
+        return torch.complex(real, self._full("i", 0)) if "i" in self._parts else real
 
     @property
     def var(self) -> Tensor:
-        """E|φ - mean|², biased. # (D,) float64"""
-        return self.squares / self.count
+        """E|φ - E[φ]|², biased. # (D,) float64"""
+        squares = self._full("r", 1)
+        return (squares + self._full("i", 1) if "i" in self._parts else squares) / self.count
+
+    def _full(self, name, which):
+        values, order = self._parts[name][which], self._parts[name][2]
+        values = values if order is None else values[order.to(values.device)]
+        return torch.cat([values, values.new_zeros(len(self._parts["r"][0]) - len(values))])
 
 
 class Moments:
@@ -115,9 +192,9 @@ class Moments:
         return self._get("auto", (network,), layer)
 
     def cross(self, i: int, j: int, layer: int | str) -> Tensor:
-        """E[φ_i φ_j^H] of two networks. # (D_i, D_j)"""
+        """E[φ_i φ_j^H] of two networks; its real part at layers with real weights. # (D_i, D_j)"""
         if i == j and self._key("auto", (i,), layer) in self.arrays:
-            return self.auto(i, layer)
+            return self.auto(i, layer) if self.complex_weights[self.position(layer)] else self.auto(i, layer).real
         if self._key("cross", (i, j), layer) not in self.arrays:
             return self._get("cross", (j, i), layer).mH
         return self._get("cross", (i, j), layer)
@@ -310,7 +387,8 @@ class _Stream:
         self.counts = dict.fromkeys(everywhere, 0)
         self.auto = {place: ProductSum() for place in everywhere} if auto else {}
         self.channels = {place: ChannelSums() for place in everywhere} if means else {}
-        self.cross = {(*pair, k): ProductSum() for pair in pairs for k in numbers}
+        self.cross = {(*pair, k): ProductSum(any(layers[i][k].is_complex for i in pair))
+                      for pair in pairs for k in numbers}
         self.partners = {i: [pair for pair in pairs if i == max(pair)] for i in range(len(networks))}
         self.last_use = {i: max([max(pair) for pair in pairs if i in pair], default=-1) for i in range(len(networks))}
         self.held = {}
@@ -322,14 +400,15 @@ class _Stream:
                 del self.held[place]
 
     def _receive(self, i, k, x):
-        samples = self.layers[i][k].samples(x.detach(), self.patches)
+        rows = self.layers[i][k].samples(x.detach(), self.patches)
+        samples = Samples.of(rows)
         self.counts[i, k] += len(samples)
         if self.channels:
             self.channels[i, k].add(samples)
         if self.auto:
             self.auto[i, k].add(samples)
         if self.last_use[i] >= i:
-            self.held[i, k] = samples.clone() if samples.data_ptr() == x.data_ptr() else samples
+            self.held[i, k] = samples.clone() if rows.data_ptr() == x.data_ptr() else samples
         for pair in self.partners[i]:
             a, b = self.held[pair[0], k], self.held[pair[1], k]
             if len(a) != len(b):
@@ -343,9 +422,9 @@ class _Stream:
         for (i, k), count in self.counts.items():
             result.arrays[f"count_{i}_{k}"] = torch.tensor(count)
         for (i, k), total in self.auto.items():
-            result.arrays[f"auto_{i}_{k}"] = total.total / self.counts[i, k]
+            result.arrays[f"auto_{i}_{k}"] = total.total() / self.counts[i, k]
         for (i, j, k), total in self.cross.items():
-            result.arrays[f"cross_{i}_{j}_{k}"] = total.total / self.counts[i, k]
+            result.arrays[f"cross_{i}_{j}_{k}"] = total.total() / self.counts[i, k]
         for (i, k), sums in self.channels.items():
             result.arrays[f"mean_{i}_{k}"], result.arrays[f"var_{i}_{k}"] = sums.mean, sums.var
         for key, array in result.arrays.items():

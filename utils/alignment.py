@@ -17,6 +17,7 @@ from utils.activations import (
     ChannelSums,
     Moments,
     ProductSum,
+    Samples,
     accumulation_device,
     moments,
     resolve_layers,
@@ -152,7 +153,8 @@ class Alignment:
             scales.append(scale)
             energies.append(((found.var(n, k) + offset.abs().square()) * scale.square()).sum().item())
         (m_a, m_b), (mean_a, mean_b) = shifts, (found.mean(i, k), found.mean(j, k))
-        K = K - torch.outer(m_a, mean_b.conj()) - torch.outer(mean_a, m_b.conj()) + torch.outer(m_a, m_b.conj())
+        shift = torch.outer(m_a, mean_b.conj()) + torch.outer(mean_a - m_a, m_b.conj())
+        K = K - (shift if K.is_complex() else shift.real)
         return K * scales[0][:, None] * scales[1], *energies
 
 
@@ -211,7 +213,7 @@ class MeanNetwork:
     def _iterate(self, loader, device, fixed, energies):
         """One more alignment of every network to the average, at the layers that are not fixed."""
         places, numbers = range(len(fixed)), range(len(self.networks))
-        products = [[ProductSum() for _ in places] for _ in numbers]
+        products = [[ProductSum(self.layers[0][k].is_complex) for k in places] for _ in numbers]
         averages = [ChannelSums() for _ in places]
         with evaluating(*self.networks):
             for batch in loader:
@@ -220,7 +222,7 @@ class MeanNetwork:
         target = [(sums.var + sums.mean.abs().square()).sum().item() for sums in averages]
         inner = []
         for i in numbers:
-            K = [products[i][k].total / averages[k].count for k in places]
+            K = [products[i][k].total() / averages[k].count for k in places]
             self.alignments[i] = [self.alignments[i][k] if fixed[k] else align(K[k], self.layers[0][k].is_complex)
                                   for k in places]
             inner.append([_inner(self.alignments[i][k], K[k]) for k in places])
@@ -235,10 +237,10 @@ class MeanNetwork:
             stream_inputs(network, layers, images, receive)
         for k in range(len(self.layers[0])):
             samples = [each[k] for each in held]
-            average = self.average(k, samples)
+            average = Samples.of(self.average(k, samples))
             averages[k].add(average)
             for i, phi in enumerate(samples):
-                products[i][k].add(phi, average)
+                products[i][k].add(Samples.of(phi), average)
 
     def _note(self, energies, targets, inner):
         """Adds a line to `unexplained`: E‖φ A - t‖² = E‖φ‖² + E‖t‖² - 2 Re⟨A, K⟩."""

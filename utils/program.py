@@ -1,42 +1,31 @@
 """A network as a list of steps with named values, so that it can be continued from the middle.
 
-A scattering network is cut before and after the standardisation of each block; any other network that `torch.fx` can
-trace, at each of its operations; what cannot be traced is one step. A step may hold weight layers and normalisations
-inside: their inputs are then read by hooks.
+The steps of a scattering network are its blocks; those of any other network that `torch.fx` can trace are its
+operations; what cannot be traced is one step. A step may hold weight layers and normalisations inside: their inputs are
+then read by hooks.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
+from models.block import Block
+from models.classifier import Classifier
+from models.fast import from_planar, to_planar
 from models.scatnet import ScatNet
 from models.standardization import Standardization
-from utils.layers import evaluating
+from utils.activations import Samples
+from utils.layers import Layer, evaluating
 
 INPUT = "x"
 IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
             operator.itruediv: operator.truediv}
 NORMS = (nn.modules.batchnorm._BatchNorm, Standardization)
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One operation: `call(env)` gives the value `name` from the values named `inputs`.
-
-    entry: the module, if any, whose input is the step's first input (the module itself is the step, or its beginning);
-    holder: the module that the step runs, which may contain others.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
-    call: Callable[[dict], object]
-    holder: nn.Module | None = None
-    entry: nn.Module | None = None
 
 
 class _Reached(Exception):
@@ -61,8 +50,75 @@ def input_of(module: nn.Module, call: Callable[[], object]) -> Tensor:
     return found[0]
 
 
+def channel_samples(x: Tensor, layer: Layer | None = None) -> Tensor:
+    """A value as samples of channels: as the layer that takes it does, or (B, C, M, N) and (B, …, C) by themselves."""
+    if layer is not None:
+        return layer.samples(x)
+    return x.movedim(1, -1).flatten(0, -2) if x.ndim > 3 else x.flatten(0, -2)
+
+
+@dataclass(eq=False)
+class Step:
+    """One operation: `call(env)` gives the value `name` from the values named `inputs`.
+
+    holder: the module that runs, which may contain others; None for a function.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    call: Callable[[dict], object]
+    holder: nn.Module | None = None
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a module runs in this step."""
+        return self.holder is not None and any(inner is module for inner in self.holder.modules())
+
+    def resumes(self, module: nn.Module) -> bool:
+        """Whether the step can be continued from the input of a module: if that is the step's own."""
+        return self.holder is module
+
+    def resume(self, module: nn.Module, value: Tensor, env: dict) -> object:
+        """The step's value, from another input of a module."""
+        return self.call({**env, self.inputs[0]: value})
+
+    def input_of(self, module: nn.Module, env: dict) -> Tensor:
+        """The input of a module that runs in this step."""
+        return env[self.inputs[0]] if self.holder is module else input_of(module, lambda: self.call(env))
+
+    def samples_of(self, module: nn.Module, env: dict, layer: Layer | None) -> Samples:
+        """The same as samples of channels."""
+        return Samples.of(channel_samples(self.input_of(module, env), layer))
+
+
+class BlockStep(Step):
+    """A block of a scattering network; `planar`: it runs as one operation, on maps with channels last."""
+
+    def __init__(self, name: str, source: str, block: Block, planar: bool):
+        call = (lambda env: block.forward_planar(env[source])) if planar else (lambda env: block(env[source]))
+        super().__init__(name, (source,), call, block)
+        self.planar = planar
+
+    def resumes(self, module):
+        return module is self.holder.P
+
+    def resume(self, module, value, env):
+        out = self.holder.project(value)
+        return to_planar(out) if self.planar else out
+
+    def input_of(self, module, env):
+        x = env[self.inputs[0]]
+        x = from_planar(x, 2 if self.holder.signal.complex else 1) if self.planar else x
+        return self.holder.features(x) if module is self.holder.P else input_of(module, lambda: self.holder(x))
+
+    def samples_of(self, module, env, layer):
+        if not self.planar or module is not (self.holder.std or self.holder.P):
+            return super().samples_of(module, env, layer)
+        (real, real_order), (imaginary, imaginary_order) = self.holder.columns_of(env[self.inputs[0]])
+        return Samples(real, imaginary, real_order, imaginary_order)
+
+
 class Program:
-    """The steps of a network. `position`s count steps: at position p, steps 0..p-1 are done.
+    """The steps of a network. Positions count steps: at position p, steps 0..p-1 are done.
 
     Its modules are the network's own: a changed weight is seen at once.
     """
@@ -71,7 +127,7 @@ class Program:
         """example: (B, ...) images, to see that the steps do what the network does, and how large their values are."""
         self.network = network
         with evaluating(network):
-            self.steps = self._checked(_steps(network), example) or [_whole(network)]
+            self.steps = self._checked(_steps(network, example), example) or [_whole(network)]
             self._lifetimes = _lifetimes(self.steps)
             self._measure(example)
 
@@ -85,15 +141,25 @@ class Program:
         """The name of the network's output."""
         return self.steps[-1].name
 
-    def place(self, module: nn.Module) -> tuple[int, bool]:
-        """Where a module runs: the position of its step, and whether its input is the step's own."""
-        for position, step in enumerate(self.steps):
-            if step.entry is module:
-                return position, True
-        for position, step in enumerate(self.steps):
-            if step.holder is not None and any(inner is module for inner in step.holder.modules()):
-                return position, False
-        raise ValueError(f"{type(module).__name__} is not part of the network")
+    def place(self, module: nn.Module) -> int:
+        """The position of the step that a module runs in."""
+        exact = [position for position, step in enumerate(self.steps) if step.holder is module]
+        return exact[0] if exact else next(p for p, step in enumerate(self.steps) if step.holds(module))
+
+    def step_of(self, module: nn.Module) -> Step:
+        """The step that a module runs in."""
+        return self.steps[self.place(module)]
+
+    def leads_to(self, norm: nn.Module, layer: nn.Module) -> bool:
+        """Whether a layer's input is a normalisation's output, position for position."""
+        step = self.step_of(layer)
+        if isinstance(step.holder, Block):
+            stages = list(step.holder.body)
+            return any(pair == (norm, layer) for pair in zip(stages, stages[1:]))
+        if isinstance(step.holder, Classifier):
+            return norm is step.holder.bn and not step.holder.average
+        before = self.step_of(norm)
+        return before.holder is norm and step.holder is layer and step.inputs[0] == before.name
 
     def live(self, position: int) -> list[str]:
         """The names of the values that exist at a position and are needed from there on."""
@@ -114,12 +180,12 @@ class Program:
                     env.pop(name, None)
         return {name: env[name] for name in self.live(stop)}
 
-    def input_of(self, module: nn.Module, env: dict, position: int) -> Tensor:
-        """The input of a module of the step at `position`, from the values live there."""
+    def finish(self, module: nn.Module, value: Tensor, env: dict) -> Tensor:
+        """The network's output from the values live at a module's step, with another input of the module."""
+        position = self.place(module)
         step = self.steps[position]
-        if step.entry is module:
-            return env[step.inputs[0]]
-        return input_of(module, lambda: step.call(env))
+        env = {**env, step.name: step.resume(module, value, env)}
+        return self.run(env, position + 1, self.end)[self.output]
 
     def _checked(self, steps, example):
         """The steps, or None if they do not compute what the network does."""
@@ -154,41 +220,34 @@ def _bytes(value):
 
 
 def _whole(network):
-    return Step("output", (INPUT,), lambda env: network(env[INPUT]), holder=network)
+    return Step("output", (INPUT,), lambda env: network(env[INPUT]), network)
 
 
-def _steps(network):
+def _steps(network, example):
     if isinstance(network, ScatNet):
-        return list(_scattering_steps(network))
+        return list(_scattering_steps(network, example.dtype))
     return _traced_steps(network)
 
 
-def _scattering_steps(network) -> Iterable[Step]:
-    yield Step("mixed", (INPUT,), lambda env: network.mix(env[INPUT]), network.mix)
-    name = "mixed"
+def _scattering_steps(network, dtype):
+    """Input mixing, blocks, classifier; maps between blocks that run as one operation have channels last."""
+    planar = all(block.runs_fused(dtype) for block in network.blocks)
+    out = network.blocks[-1].out
+
+    def mix(env):
+        mixed = network.mix(env[INPUT])
+        return to_planar(mixed) if planar else mixed
+
+    def classify(env):
+        x = env[source]
+        return network.classifier(from_planar(x, 2 if out.complex else 1) if planar else x)
+
+    source = "mixed"
+    yield Step(source, (INPUT,), mix)
     for index, block in enumerate(network.blocks):
-        for step in _block_steps(f"block{index}", name, block):
-            yield step
-            name = step.name
-    yield Step("scores", (name,), lambda env, name=name: network.classifier(env[name]), network.classifier)
-
-
-def _block_steps(prefix, source, block):
-    """Up to the projection's input, cut before a standardisation that leads to it; then the projection."""
-    raw, features, out = (f"{prefix}.{part}" for part in ("raw", "features", "out"))
-    if block.P is None:
-        yield Step(out, (source,), lambda env: block(env[source]), block)
-        return
-    stages = list(block.body)
-    before = stages[stages.index(block.P) - 1] if stages.index(block.P) else None
-    if isinstance(before, Standardization):
-        inner = nn.ModuleList(stages[: stages.index(before)])
-        yield Step(raw, (source,), lambda env: input_of(before, lambda: block.features(env[source])), inner)
-        yield Step(features, (raw,), lambda env: before(env[raw]), before, before)
-    else:
-        yield Step(features, (source,), lambda env: block.features(env[source]), block)
-    inner = nn.ModuleList(stages[stages.index(block.P) :])
-    yield Step(out, (features,), lambda env: block.project(env[features]), inner, block.P)
+        yield BlockStep(f"block{index}", source, block, planar)
+        source = f"block{index}"
+    yield Step("scores", (source,), classify, network.classifier)
 
 
 class _Tracer(fx.Tracer):
@@ -230,31 +289,20 @@ def _traced_step(node, names, modules, network):
     kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
 
     def arguments(env):
-        return (fx.node.map_arg(node.args, lambda n: env[names[n]]), fx.node.map_arg(kwargs, lambda n: env[names[n]]))
+        return fx.node.map_arg(node.args, lambda n: env[names[n]]), fx.node.map_arg(kwargs, lambda n: env[names[n]])
 
-    if node.op == "call_module":
-        module = modules[node.target]
-        entry = module if node.args and node.args[0] in names else None
-
-        def call(env):
-            args, kw = arguments(env)
-            return module(*args, **kw)
-
-        return Step(node.name, inputs, call, module, entry)
     if node.op == "get_attr":
         return Step(node.name, inputs, lambda env: operator.attrgetter(node.target)(network))
-    if node.op == "call_method":
-        method = node.target[:-1] if node.target.endswith("_") and not node.target.endswith("__") else node.target
-
-        def call(env):
-            (first, *rest), kw = arguments(env)
-            return getattr(first, method)(*rest, **kw)
-
-        return Step(node.name, inputs, call)
-    function = IN_PLACE.get(node.target, node.target)
+    if node.op == "call_module":
+        function = modules[node.target]
+    else:
+        function = IN_PLACE.get(node.target, node.target)
 
     def call(env):
         args, kw = arguments(env)
+        if node.op == "call_method":
+            method = node.target if node.target.endswith("__") else node.target.removesuffix("_")  # not in place
+            return getattr(args[0], method)(*args[1:], **kw)
         return function(*args, **kw)
 
-    return Step(node.name, inputs, call)
+    return Step(node.name, inputs, call, modules[node.target] if node.op == "call_module" else None)

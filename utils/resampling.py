@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from models.scatnet import ScatNet
 from models.standardization import EPSILON, Standardization
-from utils.activations import ChannelSums, ProductSum, accumulation_device
+from utils.activations import ChannelSums, ProductSum, Samples, accumulation_device
 from utils.alignment import MeanNetwork, align, transport
 from utils.covariance import WeightCovariance, to_double
 from utils.errors import UserError, as_user_error
 from utils.layers import Layer, device_of, evaluating, first_images, inspect, make_example, weight_layers
-from utils.program import INPUT, NORMS, Program
+from utils.program import INPUT, NORMS, Program, channel_samples
 
 METHODS = ("gaussian", "orthogonal", "white")
 MOST_MEMORY = 8 << 30  # bytes of activations kept on a CPU unless told otherwise
@@ -379,11 +379,11 @@ class _Construction:
                 k = position[module]
                 self._set_layer(k, owned[k])
                 started = True
-            elif started and isinstance(module, NORMS) and not self._is_before_layer(index):
+            elif started and isinstance(module, NORMS) and not self._leads_to_layer(index):
                 self._calibrate(module)
         self.result.alignments = [self.alignments[self._key(layer)] for layer in self.layers]
         if self.sampler.test is not None:
-            self.note(self._accuracy(len(self.layers) - 1, self.program.end))
+            self.note(self._accuracy(len(self.layers) - 1, self.program.end, lambda env: env[self.program.output]))
 
     # ---- what is known of the two networks
 
@@ -406,42 +406,38 @@ class _Construction:
 
     def _touched(self):
         """The names of the values that depend on a sampled layer."""
-        touched, first = set(), self.program.place(self.layers[0].module)[0]
+        touched, first = set(), self.program.place(self.layers[0].module)
         for position, step in enumerate(self.program.steps):
             if position == first or touched & set(step.inputs):
                 touched.add(step.name)
         return touched
 
+    def _is_a_value(self, module):
+        """Whether a module's input is a value of the program, rather than made inside a step."""
+        return self.program.step_of(module).holder is module
+
     def _key(self, layer):
         """What names a layer's input: the value that it is, or the layer itself where it runs inside a step."""
-        position, is_entry = self.program.place(layer.module)
-        return self.program.steps[position].inputs[0] if is_entry else layer.name
+        return self.program.step_of(layer.module).inputs[0] if self._is_a_value(layer.module) else layer.name
 
     def _same_input(self, k):
         """Whether a layer's input is the same fixed function of the images in both networks."""
-        position, is_entry = self.program.place(self.layers[k].module)
-        if is_entry:
-            return self.program.steps[position].inputs[0] not in self.touched
-        return k == 0
+        module = self.layers[k].module
+        return k == 0 or self._is_a_value(module) and self.program.step_of(module).inputs[0] not in self.touched
 
-    def _is_before_layer(self, index):
+    def _leads_to_layer(self, index):
         """Whether a normalisation's output is the next layer's input, so that one pass serves both (`_align`)."""
         if index + 1 == len(self.calls) or self.sampler.align_on_test:
             return False
         norm, layer = self.calls[index][1], self.calls[index + 1][1]
-        if not any(layer is known.module for known in self.layers):
-            return False
-        at, is_entry = self.program.place(norm)
-        next_at, next_is_entry = self.program.place(layer)
-        return is_entry and next_is_entry and next_at == at + 1 \
-            and self.program.steps[next_at].inputs[0] == self.program.steps[at].name
+        return any(layer is known.module for known in self.layers) and self.program.leads_to(norm, layer)
 
     def _norm_before(self, k):
-        """The normalisation that goes straight into layer k, and is not set yet; None if there is none."""
+        """The normalisation that leads to layer k, and is not set yet; None if there is none."""
         modules = [module for _, module in self.calls]
         index = modules.index(self.layers[k].module) - 1
-        found = index >= 0 and isinstance(modules[index], NORMS) and self._is_before_layer(index)
-        return modules[index] if found else None
+        found = index >= 0 and isinstance(modules[index], NORMS) and self._leads_to_layer(index)
+        return modules[index] if found and _has_statistics(modules[index]) else None
 
     # ---- the steps of the construction
 
@@ -473,109 +469,153 @@ class _Construction:
 
     def _calibrate(self, norm):
         """Gives a normalisation the mean and variance of its input over the training set."""
-        position, is_entry = self.program.place(norm)
-        if is_entry and self.program.steps[position].inputs[0] not in self.touched or not _has_statistics(norm):
+        step, position = self.program.step_of(norm), self.program.place(norm)
+        if self._is_a_value(norm) and step.inputs[0] not in self.touched or not _has_statistics(norm):
             return
         sums = ChannelSums()
         for envs, _ in self.statistics.at(position, "statistics", all_networks=False):
-            sums.add(_samples(self.program.input_of(norm, envs[-1], position)))
+            sums.add(step.samples_of(norm, envs[-1], None))
         _set_statistics(norm, sums)
 
     def _align(self, k):
         """Aligns a layer's input, and where accuracies are asked for what goes past it: one pass over the data."""
-        norm, key = self._norm_before(k), self._key(self.layers[k])
-        position, is_entry = self.program.place(self.layers[k].module)
-        names = [key] if key not in self.alignments else []
-        if is_entry and k < len(self.layers) - 1 and self.sampler.test is not None:
-            names += [name for name in self.program.live(position)
-                      if name in self.touched and name != key and name not in self.rotations]
-        if not names:
+        layer, key = self.layers[k], self._key(self.layers[k])
+        others, cross = self._others(k), None
+        if key not in self.alignments:
+            cross = _CrossCovariance(self, k, self._norm_before(k))
+        if not others and cross is None:
             return
-        sums = {name: ProductSum() for name in names}
-        trained, own = ChannelSums(), ChannelSums()
-        for envs, _ in self.aligning.at(position if norm is None else position - 1, f"layer {k + 1}"):
-            for name in names:
-                a, b = self._pair(k, norm, envs) if name == key else (_samples(envs[0][name]), _samples(envs[-1][name]))
-                sums[name].add(a, b)
-                if name == key:
-                    trained.add(a)
-                    own.add(b)
-        if key in sums:
-            self._note_alignment(k, key, norm, sums.pop(key), trained, own)
+        sums = {name: ProductSum(complex_values=False) for name in others}
+        position = self.program.place(layer.module) if cross is None else cross.position
+        for envs, _ in self.aligning.at(position, f"layer {k + 1}"):
+            if cross is not None:
+                cross.add(envs)
+            for name in others:
+                sums[name].add(*(Samples.of(channel_samples(env[name])) for env in (envs[0], envs[-1])))
+        if cross is not None:
+            A = self.alignments[key] = align(cross.finish(), layer.is_complex)
+            self.rotations[key] = self.reference.alignments[0][k].to(A) @ A
         for name, product in sums.items():
-            self.rotations[name] = align(product.total)
+            self.rotations[name] = align(product.total())
 
-    def _pair(self, k, norm, envs):
-        """Samples of a layer's input, of the reference and of the new network; the latter before its `norm`, if any."""
-        position, _ = self.program.place(self.layers[k].module)
-        theirs = []
-        for program, layers, env in zip(self.originals, self.reference.layers, envs):
-            if norm is not None:
-                env = program.run(env, position - 1, position)
-            theirs.append(layers[k].samples(program.input_of(layers[k].module, env, position)))
-        if norm is not None:
-            own = envs[-1][self.program.steps[position - 1].inputs[0]]
-        else:
-            own = self.program.input_of(self.layers[k].module, envs[-1], position)
-        return self.reference.average(k, theirs), self.layers[k].samples(own)
-
-    def _note_alignment(self, k, key, norm, product, trained, own):
-        """Sets A_k from Σ φ_ref φ_new^H, and the statistics of the normalisation that leads to it."""
-        layer = self.layers[k]
-        K = product.total / own.count
-        if own.count < max(K.shape):
-            warnings.warn(f"layer {layer.name}: {own.count} samples for {max(K.shape)} channels do not determine an "
-                          "alignment: give more images", stacklevel=2)
-        if norm is not None:
-            _set_statistics(norm, own)
-            mean, scale, shift = _affine(norm)
-            K = (K - torch.outer(trained.mean, mean.conj())) * scale + torch.outer(trained.mean, shift)
-        A = align(K, layer.is_complex)
-        self.alignments[key], self.rotations[key] = A, self.reference.alignments[0][k].to(A) @ A
+    def _others(self, k):
+        """The values beside layer k's input that go on from there, changed and not yet aligned."""
+        module = self.layers[k].module
+        if self.sampler.test is None or not self._is_a_value(module) or k == len(self.layers) - 1:
+            return []
+        return [name for name in self.program.live(self.program.place(module))
+                if name in self.touched and name != self._key(self.layers[k]) and name not in self.rotations]
 
     def _measure(self, k):
         """The accuracy before layer k is drawn: trained layers from k on, aligned to the new network before them."""
-        sampler = self.sampler
-        if sampler.test is None:
+        sampler, module = self.sampler, self.layers[k].module
+        if sampler.test is None or k == len(self.layers) - 1:
             return
-        position, is_entry = self.program.place(self.layers[k].module)
         if k == 0:
+            original = self.originals[0]
             if sampler.trained_accuracy is None:
-                sampler.trained_accuracy = self._accuracy(0, position)
+                sampler.trained_accuracy = self._accuracy(
+                    0, 0, lambda env: original.run(env, 0, original.end)[original.output])
             self.note(sampler.trained_accuracy)
-        elif is_entry and k < len(self.layers) - 1:
-            self.note(self._accuracy(k, position))
+        elif self.program.step_of(module).resumes(module):
+            self.note(self._accuracy(k, self.program.place(module), lambda env: self._mixed(k, env)))
 
-    def _accuracy(self, layer, position):
-        """Of the new network's steps up to a position, and the trained one's from there on."""
-        original, right, total = self.originals[0], [0, 0], 0
-        for (env,), labels in self.testing.at(position, "accuracy"):
-            env = {name: self._rotated(name, value) for name, value in env.items()}
-            scores = original.run(env, position, original.end)[original.output]
-            best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(scores.device)[:, None]
-            right = [right[0] + int(best[:, 0].sum()), right[1] + int(best.sum())]
-            total += len(labels)
-        return Accuracy(layer, 100 * right[0] / total, 100 * right[1] / total)
+    def _mixed(self, k, env):
+        """The scores of a network that is the new one before layer k and the trained one from there on."""
+        layer, key = self.layers[k], self._key(self.layers[k])
+        x = self.program.step_of(layer.module).input_of(layer.module, env)
+        if key in self.rotations:
+            x = layer.rotate(x, self.rotations[key].T)  # W (A φ) for a weight W: no conjugate
+        env = {name: x if name == key else self._rotated(name, value) for name, value in env.items()}
+        return self.originals[0].finish(self.sampler.layers[k].module, x, env)
 
     def _rotated(self, name, value):
-        """A value of the new network in the space of the first trained one: Σ_d R_{c,d} x_d for its rotation R."""
+        """A value of the new network in the space of the first trained one."""
         if name not in self.rotations:
             return value
-        back = self.rotations[name].T  # W R x for a weight W: no conjugate
-        for layer in self.layers:
-            if self._key(layer) == name:
-                return layer.rotate(value, back)
-        back = back.to(device=value.device, dtype=value.dtype)
+        back = self.rotations[name].T.to(device=value.device, dtype=value.dtype)
         return torch.tensordot(value, back, dims=([1], [0])).movedim(-1, 1) if value.ndim > 3 else value @ back
+
+    def _accuracy(self, layer, position, scores_of):
+        """Top-1 and top-5 accuracy of the scores from the new network's values at a position."""
+        right, total = torch.zeros(2, dtype=torch.int64), 0
+        for (env,), labels in self.testing.at(position, "accuracy"):
+            scores = scores_of(env)
+            best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(scores.device)[:, None]
+            right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
+            total += len(labels)
+        return Accuracy(layer, *(100 * right / total).tolist())
+
+
+class _CrossCovariance:
+    """E[φ_ref φ_new^H] at layer k, from inputs before the normalisation that leads to it, if any.
+
+    Normalisations are affine, so that products before and after them are a matter of means: f -> (f - m) s + t.
+    """
+
+    def __init__(self, construction, k, norm):
+        self.construction, self.k, self.norm = construction, k, norm
+        self.layer = construction.layers[k]
+        self.module = self.layer.module if norm is None else norm
+        self.position = construction.program.place(self.module)
+        self.originals = [(program, layers[k]) for program, layers in
+                          zip(construction.originals, construction.reference.layers)]
+        self.products = [ProductSum(self.layer.is_complex) for _ in self.originals]
+        self.sums = [ChannelSums() for _ in range(len(self.originals) + 1)]  # the last is the new network's
+        self.count = 0
+
+    def add(self, envs):
+        """A batch: the values live at `position` of the trained networks, then of the new one."""
+        step, is_layer = self.construction.program.steps[self.position], self.norm is None
+        own = step.samples_of(self.module, envs[-1], self.layer if is_layer else None)
+        self.count += len(own)
+        for index, (program, layer) in enumerate(self.originals):
+            trained = program.steps[self.position].samples_of(
+                self._counterpart(program, layer), envs[index], layer if is_layer else None)
+            self.products[index].add(trained, own)
+            if self.norm is not None:
+                self.sums[index].add(trained)
+        if self.norm is not None:
+            self.sums[-1].add(own)
+
+    def finish(self):
+        """E[φ_ref φ_new^H]; sets the new network's normalisation. Warns where there are too few samples."""
+        K = [product.total() / self.count for product in self.products]
+        if self.count < max(K[0].shape):
+            warnings.warn(f"layer {self.layer.name}: {self.count} samples for {max(K[0].shape)} channels do not "
+                          "determine an alignment: give more images", stacklevel=2)
+        if self.norm is not None:
+            _set_statistics(self.norm, self.sums[-1])
+            for index, (program, layer) in enumerate(self.originals):
+                trained = _affine(self._counterpart(program, layer))
+                K[index] = _normalized(K[index], self.sums[index].mean, trained, self.sums[-1].mean, _affine(self.norm))
+        alignments = [each[self.k].to(K[0].device) for each in self.construction.reference.alignments]
+        return sum(A.mH.to(torch.promote_types(A.dtype, each.dtype)) @ each.to(torch.promote_types(A.dtype, each.dtype))
+                   for A, each in zip(alignments, K)) / len(K)
+
+    def _counterpart(self, program, layer):
+        """The trained network's module in place of `module`."""
+        if self.norm is None:
+            return layer.module
+        name = next(name for name, module in self.construction.calls if module is self.norm)
+        return program.network.get_submodule(name)
+
+
+def _normalized(K, mean_a, affine_a, mean_b, affine_b):
+    """E[φ_a φ_b^H] after normalisations φ = (f - m) s + t, from K = E[f_a f_b^H] (its real part, or all) and E[f]."""
+    (m_a, s_a, t_a), (m_b, s_b, t_b) = affine_a, affine_b
+    centred = K - _like(K, torch.outer(m_a, mean_b.conj()) + torch.outer(mean_a - m_a, m_b.conj()))
+    mean_a, mean_b = (mean_a - m_a) * s_a, (mean_b - m_b) * s_b
+    shifts = torch.outer(mean_a + t_a, t_b) + torch.outer(t_a, mean_b.conj())
+    return centred * s_a[:, None] * s_b + _like(K, shifts)
+
+
+def _like(K, correction):
+    return correction if K.is_complex() else correction.real
 
 
 def _seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def _samples(x):
-    """(B, C, M, N) -> (B·M·N, C); (B, C) and (B, T, C) -> (…, C)."""
-    return x.movedim(1, -1).flatten(0, -2) if x.ndim > 3 else x.flatten(0, -2)
 
 
 def _has_statistics(norm):
