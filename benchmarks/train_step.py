@@ -28,6 +28,8 @@ from models import build  # noqa: E402
 from models.block import BlockConfig  # noqa: E402
 from models.scatnet import ScatNetConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
+from utils.datasets import load_datasets  # noqa: E402
+from utils.options import parse  # noqa: E402
 
 NORM, SKIP, COMPLEX = ("Fw", "Std", "Pr", "N"), ("Fw", "rho", "Std", "Pr", "N"), ("Fw", "rho", "Std", "Pc")
 CIFAR_WIDTHS = (64, 128, 256, 512, 512, 512, 512, 512)
@@ -135,6 +137,15 @@ def block_steps(name):
         yield signal, {"ours": functools.partial(run, True), "reference": functools.partial(run, False)}
 
 
+def loader_seconds(batch):
+    """Seconds a batch of the digits takes to be served, mean of 20 epochs."""
+    loader_of = load_datasets(parse(["-a", "Fw Pr", "--psi-arch", "mod", "--Pr-size", "1", "--digits"])).train.loader
+    start, batches = time.perf_counter(), 0
+    for epoch in range(20):
+        batches += sum(1 for _ in loader_of(batch, shuffle=True, seed=0, epoch=epoch, augment=True))
+    return (time.perf_counter() - start) / batches
+
+
 def times(functions, repetitions, inner=1):
     """Median seconds of each function, repetitions interleaved, after one warm-up."""
     for function in functions.values():
@@ -171,6 +182,9 @@ def report(name, arguments):
         if "reference" in median:
             text += f"  reference/ours {median['reference'] / median['ours']:5.2f}"
         print(f"{name:9} {'step' if training else 'eval'}  {text}", flush=True)
+        if name == "laptop" and training:
+            seconds = loader_seconds(NETWORKS[name][1])
+            print(f"  its loader takes {seconds / median['ours']:.1%} of the step")
     if name == "imagenet" and not arguments.no_reference:
         for number, (signal, functions) in enumerate(block_steps(name), start=1):
             median = times(functions, arguments.repetitions)
