@@ -110,7 +110,8 @@ class Training:
         Raises KeyError, TypeError, ValueError or RuntimeError for one that does not fit.
         """
         self.epoch = int(checkpoint["epoch"])
-        self.best_acc1 = float(checkpoint["best_acc1"])
+        best = checkpoint["best_acc1"]  # None where a run was stopped before it had measured any
+        self.best_acc1 = None if best is None else float(best)
         if "tally" not in checkpoint:
             return
         self.history = list(checkpoint["history"])
