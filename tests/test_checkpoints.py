@@ -282,6 +282,16 @@ def test_locks_of_other_machines_hold_until_silent_or_restarted_here(tmp_path, m
         pass
 
 
+def test_what_was_killed_as_it_took_a_lock_is_cleaned_up(tmp_path, sleeper):
+    dead, alive, foreign = (tmp_path / f".lock.{host}.{pid}.tmp" for host, pid in (
+        (socket.gethostname(), 2**30), (socket.gethostname(), sleeper.pid), ("elsewhere", 2**30)))
+    for path in (dead, alive, foreign):
+        path.touch()
+    with Lock(tmp_path / "lock"):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([alive, foreign])
+
+
 def test_a_lock_in_use_shows_life(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
     with Lock(tmp_path / "lock"):

@@ -171,6 +171,8 @@ def test_projections_come_from_files(tmp_path):
 
 def test_files_that_are_no_matrix_are_refused(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
-    for file in ("objects.npy", "missing.pt"):
-        with pytest.raises(UserError, match=file):
+    torch.save(object, tmp_path / "code.pt")
+    for file in ("objects.npy", "missing.pt", "code.pt"):
+        with pytest.raises(UserError, match=file) as error:
             build(f"{NORM} --P-eigenvalues {tmp_path}/{file}")
+        assert "\n" not in str(error.value) and "weights_only" not in str(error.value)

@@ -21,7 +21,7 @@ import models
 from models.projection import Projection
 from models.signal import Signal
 from utils import options
-from utils.errors import UserError, WriteError, as_user_error
+from utils.errors import UserError, WriteError, as_user_error, first_line
 
 RECORDS = ("args.json", "metrics.csv", "log.txt", "status.json")
 
@@ -87,7 +87,7 @@ def load(path):
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, it is not a checkpoint of tensors and plain values only") from error
     except Exception as error:  # whatever a damaged file makes its readers raise
-        raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
+        raise UserError(f"{path}: damaged or not a checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint of this program or the original (it has no state_dict)")
     return checkpoint
@@ -101,10 +101,6 @@ def _verify_checksums(path):
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"wrong checksum of its part {damaged}")
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def is_saved_epoch(epoch):
@@ -264,7 +260,7 @@ def build_network(args, state_dict, source):
         args.P_eigenvectors = args.P_eigenvalues = args.P_initialization = [None] * n
         config = options.network_config(args, Signal(*args.input_shape), args.num_classes)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise UserError(f"{source}: its arguments describe no network ({_first_line(error)})") from error
+        raise UserError(f"{source}: its arguments describe no network ({first_line(error)})") from error
     if any(basis is not None for basis in bases):
         blocks = [dataclasses.replace(b, projection_basis=basis) for b, basis in zip(config.blocks, bases)]
         config = dataclasses.replace(config, blocks=tuple(blocks))

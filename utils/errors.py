@@ -48,17 +48,40 @@ def as_user_error(where=""):
         raise UserError(f"{where}{error}") from error
 
 
+def first_line(error):
+    """What an error says in its first line, or what it is where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def run_main(main, argv=None):
-    """Runs `main(argv)` and exits; a RunError becomes one line, any other error keeps its traceback."""
+    """Runs `main(argv)` and exits; a RunError becomes one line, any other error keeps its traceback.
+
+    A disk that takes no more lines, or a reader that has gone, does not change the status.
+    """
     program = os.path.basename(sys.argv[0])
     rank = os.environ.get("RANK", "0")
     prefix = program if rank == "0" else f"{program} (rank {rank})"
     try:
         status = main(argv)
     except RunError as error:
-        print(f"{prefix}: error: {error}", file=sys.stderr)
+        _complain(f"{prefix}: error: {error}")
         status = error.exit_status
     except KeyboardInterrupt:
-        print(f"{prefix}: interrupted", file=sys.stderr)
+        _complain(f"{prefix}: interrupted")
         status = 128 + signal.SIGINT
+    for stream in (sys.stdout, sys.stderr):
+        _flush(stream)
     sys.exit(status)
+
+
+def _complain(text):
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def _flush(stream):
+    """Writes what is left; where that fails it goes nowhere, or Python would try again and change the status."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

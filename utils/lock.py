@@ -32,6 +32,7 @@ class Lock:
     def __enter__(self):
         for _ in range(10):  # each round takes the lock, finds a live holder, or clears a stale one
             if self._create():
+                self._clean()
                 threading.Thread(target=self._show_life, daemon=True).start()
                 return self
             content, age = self._read()
@@ -61,6 +62,13 @@ class Lock:
             raise WriteError(f"could not write {self.path}: {error.strerror or error}") from error
         finally:
             own.unlink(missing_ok=True)
+
+    def _clean(self):
+        """Removes what processes of this machine have left that were killed as they took the lock."""
+        for file in self.path.parent.glob(f".{self.path.name}.{socket.gethostname()}.*.tmp"):
+            pid = file.suffixes[-2][1:]
+            if pid.isdigit() and process_start(int(pid)) is None:
+                file.unlink(missing_ok=True)
 
     def _read(self):
         try:

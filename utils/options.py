@@ -6,6 +6,7 @@ full or once for all blocks; resolved, they are always in full.
 import argparse
 import math
 import os
+import pickle
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from models.nonlinearity import NON_LINEARITIES
 from models.scatnet import ScatNetConfig
 from models.standard import BATCH_NORMS, STANDARD_NON_LINEARITIES, StandardConfig
 from models.wavelets import PLAIN
-from utils.errors import UserError, as_user_error
+from utils.errors import UserError, as_user_error, first_line
 
 DATASETS = ("cifar10", "cifar100", "mnist", "digits", "imagenet", "imagenet32")
 IN_FOLDERS = ("imagenet", "imagenet32")  # found in --data; the others are in --data-dir
@@ -432,6 +433,8 @@ def _matrix(path):
             if isinstance(value, np.lib.npyio.NpzFile):
                 (value,) = value.values()
         value = torch.as_tensor(value)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused, it holds other things than one matrix of numbers") from error
     except Exception as error:  # whatever a stranger's file makes its reader raise
-        raise UserError(f"{path}: not a .npy, .npz or .pt file with one matrix ({error})") from error
+        raise UserError(f"{path}: not a .npy, .npz or .pt file with one matrix ({first_line(error)})") from error
     return value.to(torch.cfloat if value.is_complex() else torch.float)

@@ -34,8 +34,11 @@ class RunLog:
         """Prints a line, and adds it to log.txt."""
         if self.silent:
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            raise WriteError(f"could not write to the standard output: {error.strerror}") from error
         if self.folder is not None:
             path = self.folder.path / "log.txt"
             try:
