@@ -1,12 +1,13 @@
 # make demo   the whole paper on the handwritten digits: train, resample, analyse, draw
 # make test   what continuous integration runs
-# Both set up .venv first; a second call sets up nothing again. `make PYTHON=python3.12 test` picks the interpreter.
+# make soak   the trial of what the README promises: kills, full disks, hostile files, several processes
+# All set up .venv first; a second call sets up nothing again. `make PYTHON=python3.12 test` picks the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test
+.PHONY: demo test soak
 
 demo: $(READY)
 	$(BIN)/python run_exps.py --scale laptop
@@ -15,6 +16,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+soak: $(READY)
+	$(BIN)/python -m soak
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

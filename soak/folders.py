@@ -17,9 +17,10 @@ def unreadable(root):
     return [f"{path}: {error}" for path in files(root) if (error := _complaint(path))]
 
 
-def differences(root, other):
-    """A line for everything in which the folders differ but for times, places and what was printed."""
-    names, others = ({path.relative_to(folder): path for path in files(folder)} for folder in (root, other))
+def differences(root, other, ignored=()):
+    """A line for everything in which the folders differ but for times, places, what was printed and `ignored` files."""
+    names, others = ({path.relative_to(folder): path for path in files(folder) if path.name not in ignored}
+                     for folder in (root, other))  # fmt: skip
     found = [f"{name}: only in one of the folders" for name in sorted(names.keys() ^ others.keys())]
     for name in sorted(names.keys() & others.keys()):
         if name.suffix in (".pt", ".csv") and not same(_content(names[name]), _content(others[name])):

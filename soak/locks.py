@@ -4,7 +4,7 @@ from utils.checkpoints import RunFolder
 from utils.lock import Lock
 
 
-def two_at_once(trial, races=10, starts=4):
+def two_at_once(trial, races=6, starts=3):
     """Programs on a folder that is held, that a dead process held, and started together."""
     refused = _refused_while_held(trial)
     whole = trial.fresh("whole")

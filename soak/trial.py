@@ -31,9 +31,9 @@ class Trial:
         for complaint in unreadable(root):
             self.expect(False, complaint)
 
-    def expect_same(self, root, whole):
+    def expect_same(self, root, whole, ignored=()):
         """Everything under `root` should be as in the undisturbed `whole`, with nothing left over."""
-        for difference in differences(root, whole):
+        for difference in differences(root, whole, ignored):
             self.expect(False, difference)
         for path in left_overs(root):
             self.expect(False, f"{path} is left over")
