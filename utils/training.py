@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.fast import FusedBlock
 from utils.checkpoints import checkpoint_of, is_saved_epoch, save
 from utils.distributed import share_batch_norm
 from utils.errors import DivergedError, StoppedError, UserError
@@ -320,6 +321,9 @@ def _wrapped(network, args, world):
             shared = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     if not args.compile:
         return shared, network
+    for module in network.modules():
+        if isinstance(module, FusedBlock):  # one operation with a backward of its own: nothing for a compiler
+            module.forward = torch.compiler.disable(module.forward)
     return torch.compile(shared), torch.compile(network)
 
 
