@@ -107,3 +107,22 @@ def share_batch_norm(network):
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SharedBatchNorm2d
+
+
+def keep_complex(network):
+    """Averages the gradients of complex weights over all ranks here: some versions of torch's gloo know reals only.
+
+    To be called before DistributedDataParallel is, which then leaves complex tensors alone; all ranks have the same.
+    """
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    names = [name for name, tensor in tensors if tensor.is_complex()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
+    for parameter in network.parameters():
+        if parameter.is_complex() and parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def _average_gradient(parameter):
+    gradient = torch.view_as_real(parameter.grad)
+    dist.all_reduce(gradient)
+    gradient /= dist.get_world_size()

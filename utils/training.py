@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from models.fast import FusedBlock
 from utils.checkpoints import checkpoint_of, is_saved_epoch, save
-from utils.distributed import share_batch_norm
+from utils.distributed import keep_complex, share_batch_norm
 from utils.errors import DivergedError, StoppedError, UserError
 
 MEETING = 16  # steps between two exchanges of stop requests among ranks
@@ -318,6 +318,7 @@ def _wrapped(network, args, world):
         share_batch_norm(network)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for this argument
+            keep_complex(network)
             shared = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     if not args.compile:
         return shared, network
