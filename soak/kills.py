@@ -18,8 +18,11 @@ def sampling_killed(trial):
 
 
 def runner_killed(trial):
-    """run_exps.py, SIGKILL: alone, or with all that it has started."""
-    return _killed(trial, experiments, ignored=["previous.pt"])  # which may be that of a stop, as the runner died
+    """run_exps.py, SIGKILL: alone, or with all that it has started.
+
+    What it has started then gets SIGTERM: it may save once more, or die in the moment between its end and its lock's.
+    """
+    return _killed(trial, experiments, ignored=["previous.pt", "lock"])
 
 
 def _trained(trial):
