@@ -20,6 +20,7 @@ CHECKS = {
     "hostile-files": hostile.refused, "names": hostile.names, "ranks": ranks.ranks, "imagenet-load": load.imagenet,
 }  # fmt: skip
 WIDTH = 100
+SHOWN = 15  # lines of a failure
 
 
 def parser():
@@ -47,8 +48,8 @@ def check(name, args, folder):
     print(f"{name:19} {time.monotonic() - began:5.0f} s  {verdict:9} {first}")
     for line in rest:
         print(f"{'':38} {line}")
-    for failure in trial.failures[:5]:
-        print(textwrap.indent(failure, "    | "))
+    for failure in trial.failures[:3]:
+        print(textwrap.indent("\n".join(failure.splitlines()[-SHOWN:]), "    | "))
     sys.stdout.flush()
     return not trial.failures
 
