@@ -240,8 +240,16 @@ class Block(nn.Module):
         return self._fused(x, self.P.weight, self.std)
 
     def columns_of(self, x):
-        """`features` before `std` from (B, M, N, p·C), as the columns that `FusedBlock.columns_of` describes."""
+        """`features` before `std` from (B, M, N, p·C), as the fused block computes with them: rows of real columns."""
         return self._fused.columns_of(x)
+
+    def parts_of(self, columns):
+        """Real and imaginary parts of such columns, and their order: see `FusedBlock.parts_of`."""
+        return self._fused.parts_of(columns)
+
+    def forward_from(self, columns, x):
+        """`forward_planar` in evaluation mode, given the columns of x."""
+        return self._fused.forward_from(columns, x, self.P.weight, self.std)
 
     def runs_fused(self, dtype):
         """Whether `forward` runs as one operation for images of this type."""

@@ -712,11 +712,7 @@ class FusedBlock(nn.Module):
             weight: W (C', D) in canonical channel order, real or complex.
             std: the block's Standardization, if it has one.
         """
-        if std is None:
-            zero = x.new_zeros(self.width, dtype=torch.float)
-            statistics = Statistics(zero, zero + 1)
-        else:
-            statistics = None if std.training else self.column_statistics(std)
+        statistics = None if std is not None and std.training else self.fixed_statistics(std, x.device)
         lower = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         with torch.autocast(x.device.type, enabled=False):
             x = self.maps.split(x.float()).contiguous()
@@ -725,18 +721,36 @@ class FusedBlock(nn.Module):
             std.update(*self.channel_statistics(mean, var), int(count))
         return self.maps.join(y)
 
+    def fixed_statistics(self, std, device):
+        """The running statistics of a Standardization as real columns; those that change nothing for None."""
+        if std is not None:
+            return self.column_statistics(std)
+        zero = torch.zeros(self.width, device=device)
+        return Statistics(zero, zero + 1)
+
     @torch.no_grad()
     def columns_of(self, x):
-        """Features before standardisation of x (B, M, N, p·C), as real and imaginary parts, each (B·M'·N', ·) with its
-        order: channel d's real part is column order[d]. The imaginary part is None for real features; it is that of
-        the first channels, those of z. No gradients."""
+        """Features before standardisation of x (B, M, N, p·C), as it computes with them: (B·M'·N', width) real."""
         statistics = Statistics(x.new_zeros(0), x.new_zeros(0))
-        features, _ = self.compute_features(self.maps.split(x).contiguous(), statistics)
+        return self.compute_features(self.maps.split(x).contiguous(), statistics)[0]
+
+    def parts_of(self, columns):
+        """Real and imaginary parts of columns, each with its order: channel d's real part is column order[d].
+
+        The imaginary part is (None, None) for real features; it is that of the first channels, those of z.
+        """
         if not self.skip:
-            return (features, self.places), (None, None)
+            return (columns, self.places), (None, None)
         third = self.width // 3
         order = torch.cat([self.places, third + self.places])
-        return (features[:, : 2 * third], order), (features[:, 2 * third :], self.places)
+        return (columns[:, : 2 * third], order), (columns[:, 2 * third :], self.places)
+
+    @torch.no_grad()
+    def forward_from(self, columns, x, weight, std=None):
+        """`forward` in evaluation mode, given the columns of x."""
+        statistics = self.fixed_statistics(std, x.device)
+        y, _ = self.project(self.maps.split(x), columns, self.fold(weight, statistics), statistics, None)
+        return self.maps.join(y)
 
     @torch.no_grad()
     def features(self, x):

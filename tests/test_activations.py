@@ -196,7 +196,9 @@ def test_a_blocks_columns_are_its_features():
         x = batches()[0][0]
         with torch.no_grad():
             features = Samples.of(block.features(x).movedim(1, -1).flatten(0, 2))
-        (real, real_order), (imaginary, imaginary_order) = block.columns_of(x.movedim(1, -1).contiguous())
+        planar = x.movedim(1, -1).contiguous()
+        (real, real_order), (imaginary, imaginary_order) = block.parts_of(block.columns_of(planar))
+        torch.testing.assert_close(block.forward_from(block.columns_of(planar), planar), block.forward_planar(planar))
         columns = Samples(real, imaginary, real_order, imaginary_order)
         products, sums = (ProductSum(), ProductSum()), (ChannelSums(), ChannelSums())
         for product, channel_sums, samples in zip(products, sums, (features, columns)):

@@ -11,12 +11,16 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.fast import from_planar, to_planar
+from models.scatnet import ScatNet
+from models.standardization import EPSILON, Standardization
 from utils.checkpoints import atomic_write
 from utils.errors import UserError
 from utils.layers import (
@@ -37,6 +41,11 @@ SMALL_MATRIX = 256  # channels below which half a symmetric product saves nothin
 def accumulation_device(device: torch.device) -> torch.device:
     """Where double precision lives: the device itself, or the CPU where it has none (Apple's GPUs)."""
     return torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+
+
+def _double(x):
+    dtype = torch.complex128 if x.is_complex() else torch.float64
+    return x.to(accumulation_device(x.device)).to(dtype)
 
 
 def gram(x: Tensor) -> Tensor:
@@ -135,6 +144,16 @@ class ProductSum:
         return full
 
 
+def _mean_and_squares(x):
+    """Mean of every channel of real samples (n, D) and Σ (x - mean)², from Σ x² where that is not mostly the mean's."""
+    mean = x.mean(0)
+    power = _double(x.square().sum(0))
+    squares = power - len(x) * _double(mean).square()
+    if (power > 100 * squares).any():
+        squares = _double((x - mean).square_().sum(0))
+    return _double(mean), squares
+
+
 class ChannelSums:
     """Mean and variance of every channel over the samples that are added, merged batch by batch in double precision."""
 
@@ -146,10 +165,7 @@ class ChannelSums:
         """Samples of D channels."""
         count = len(samples)
         for name, x, order in samples.parts():
-            mean = x.mean(0)
-            squares = (x - mean).square_().sum(0)
-            device = accumulation_device(x.device)
-            mean, squares = mean.to(device).double(), squares.to(device).double()
+            mean, squares = _mean_and_squares(x)
             if self.count:
                 old, old_squares, _ = self._parts[name]
                 shift = mean - old
@@ -296,6 +312,99 @@ def stream_inputs(network: nn.Module, layers: Sequence[Layer], images: Tensor,
         raise UserError(f"layer {layers[next(iter(waiting))].name} was not called in the forward pass")
 
 
+def stream_samples(network: nn.Module, layers: Sequence[Layer], images: Tensor, patches: bool,
+                   receive: Callable[[int, Samples, nn.Module | None, bool], None]) -> None:
+    """The same as `receive(k, samples, norm, shared)`: samples of the input of layer k, or of that of the normalisation
+    that leads to it, which stands for the layer's; `shared`: they lie in memory that may change.
+
+    Blocks that run as one operation give their own columns, without a copy.
+    """
+    if isinstance(network, ScatNet) and all(block.runs_fused(images.dtype) for block in network.blocks):
+        return _stream_blocks(network, layers, images, patches, receive)
+
+    def of_input(k, x):
+        rows = layers[k].samples(x, patches)
+        receive(k, Samples.of(rows), None, rows.data_ptr() == x.data_ptr())
+
+    return stream_inputs(network, layers, images, of_input)
+
+
+def _stream_blocks(network, layers, images, patches, receive):
+    waiting = {layer.module: k for k, layer in enumerate(layers)}
+    x = to_planar(network.mix(images))
+    for block in network.blocks:
+        if block.P not in waiting:
+            x = block.forward_planar(x)
+            continue
+        columns = block.columns_of(x)
+        (real, real_order), (imaginary, imaginary_order) = block.parts_of(columns)
+        receive(waiting.pop(block.P), Samples(real, imaginary, real_order, imaginary_order), block.std, False)
+        if not waiting:
+            return
+        x = block.forward_from(columns, x)
+    ((module, k),) = waiting.items()
+    x = input_of(module, lambda: network.classifier(from_planar(x, 2 if network.blocks[-1].out.complex else 1)))
+    rows = layers[k].samples(x, patches)
+    receive(k, Samples.of(rows), None, True)
+
+
+def input_of(module: nn.Module, call: Callable[[], object]) -> Tensor:
+    """The input of a module that runs somewhere in `call()`, which goes no further."""
+    found = []
+
+    def before(_, args):
+        found.append(args[0])
+        raise _Enough
+
+    handle = module.register_forward_pre_hook(before)
+    try:
+        call()
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def affine_of(norm: nn.Module | None) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+    """Mean m, scale s and shift t of a normalisation x -> (x - m) s + t in evaluation, (D,) in double precision.
+
+    (0, 1, 0) without one.
+    """
+    if norm is None:
+        return 0.0, 1.0, 0.0
+    if isinstance(norm, Standardization):
+        mean, var, epsilon, gain, shift = norm.mean, norm.var, EPSILON, None, None
+    else:
+        mean, var, epsilon, gain, shift = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    mean, scale = _double(mean), (_double(var) + epsilon).rsqrt()
+    if gain is not None:
+        scale = scale * _double(gain)
+    return mean, scale, 0.0 if shift is None else _double(shift)
+
+
+def normalized_product(K: Tensor, mean_a: Tensor, norm_a: nn.Module | None, mean_b: Tensor, norm_b: nn.Module | None
+                       ) -> Tensor:
+    """E[φ_a φ_b^H] after normalisations φ = (f - m) s + t, from K = E[f_a f_b^H] (its real part, or all) and E[f]."""
+    (m_a, s_a, t_a), (m_b, s_b, t_b) = affine_of(norm_a), affine_of(norm_b)
+    zero_a, zero_b = torch.zeros_like(mean_a), torch.zeros_like(mean_b)
+    m_a, m_b = zero_a + m_a, zero_b + m_b  # (D_a,), (D_b,)
+    centred = K - _as(K, torch.outer(m_a, mean_b.conj()) + torch.outer(mean_a - m_a, m_b.conj()))
+    t_a, t_b = zero_a.real + t_a, zero_b.real + t_b
+    scaled = (centred * (zero_a.real + s_a)[:, None]) * s_b
+    mean_a, mean_b = (mean_a - m_a) * s_a, (mean_b - m_b) * s_b
+    shifts = _outer(mean_a + t_a, t_b) + _outer(t_a, mean_b.conj())
+    return scaled + _as(K, shifts)
+
+
+def _outer(a, b):
+    return torch.outer(a, b.to(torch.promote_types(a.dtype, b.dtype)))
+
+
+def _as(K, correction):
+    return correction if K.is_complex() else correction.real
+
+
 class _Enough(Exception):
     """Ends a forward pass whose last wanted layer has been reached."""
 
@@ -381,12 +490,13 @@ class _Stream:
     """The sums of one pass; each batch goes through the networks in turn, and a pair is done with its second one."""
 
     def __init__(self, networks, layers, auto, pairs, patches, means):
-        self.networks, self.layers, self.patches = networks, layers, patches
+        self.networks, self.layers, self.patches, self.means = networks, layers, patches, means
         numbers = range(len(layers[0]))
         everywhere = [(i, k) for i in range(len(networks)) for k in numbers]
         self.counts = dict.fromkeys(everywhere, 0)
         self.auto = {place: ProductSum() for place in everywhere} if auto else {}
-        self.channels = {place: ChannelSums() for place in everywhere} if means else {}
+        self.channels = {place: ChannelSums() for place in everywhere}
+        self.norms = {}
         self.cross = {(*pair, k): ProductSum(any(layers[i][k].is_complex for i in pair))
                       for pair in pairs for k in numbers}
         self.partners = {i: [pair for pair in pairs if i == max(pair)] for i in range(len(networks))}
@@ -395,20 +505,18 @@ class _Stream:
 
     def add(self, images):
         for i, network in enumerate(self.networks):
-            stream_inputs(network, self.layers[i], images, lambda k, x, i=i: self._receive(i, k, x))
+            stream_samples(network, self.layers[i], images, self.patches, partial(self._receive, i))
             for place in [place for place in self.held if self.last_use[place[0]] <= i]:
                 del self.held[place]
 
-    def _receive(self, i, k, x):
-        rows = self.layers[i][k].samples(x.detach(), self.patches)
-        samples = Samples.of(rows)
+    def _receive(self, i, k, samples, norm, shared):
         self.counts[i, k] += len(samples)
-        if self.channels:
-            self.channels[i, k].add(samples)
+        self.norms[i, k] = norm
+        self.channels[i, k].add(samples)
         if self.auto:
             self.auto[i, k].add(samples)
         if self.last_use[i] >= i:
-            self.held[i, k] = samples.clone() if rows.data_ptr() == x.data_ptr() else samples
+            self.held[i, k] = samples.clone() if shared else samples
         for pair in self.partners[i]:
             a, b = self.held[pair[0], k], self.held[pair[1], k]
             if len(a) != len(b):
@@ -422,16 +530,30 @@ class _Stream:
         for (i, k), count in self.counts.items():
             result.arrays[f"count_{i}_{k}"] = torch.tensor(count)
         for (i, k), total in self.auto.items():
-            result.arrays[f"auto_{i}_{k}"] = total.total() / self.counts[i, k]
+            result.arrays[f"auto_{i}_{k}"] = self._normalized(total, i, i, k)
         for (i, j, k), total in self.cross.items():
-            result.arrays[f"cross_{i}_{j}_{k}"] = total.total() / self.counts[i, k]
+            result.arrays[f"cross_{i}_{j}_{k}"] = self._normalized(total, i, j, k)
         for (i, k), sums in self.channels.items():
-            result.arrays[f"mean_{i}_{k}"], result.arrays[f"var_{i}_{k}"] = sums.mean, sums.var
-        for key, array in result.arrays.items():
-            if not torch.isfinite(torch.view_as_real(array) if array.is_complex() else array).all():
-                i, k = (int(part) for part in key.split("_")[1::len(key.split("_")) - 2])
-                raise UserError(f"activations at layer {self.layers[i][k].name} are not finite (NaN or infinite)")
+            if self.means:
+                mean, scale, shift = affine_of(self.norms[i, k])
+                result.arrays[f"mean_{i}_{k}"] = (sums.mean - mean) * scale + shift
+                result.arrays[f"var_{i}_{k}"] = sums.var * scale**2
+        self._check_finite(result)
         return result
+
+    def _normalized(self, total, i, j, k):
+        K = total.total() / self.counts[i, k]
+        norms = self.norms[i, k], self.norms[j, k]
+        if norms == (None, None):
+            return K
+        return normalized_product(K, self.channels[i, k].mean, norms[0], self.channels[j, k].mean, norms[1])
+
+    def _check_finite(self, result):
+        for i, layers in enumerate(self.layers):
+            for k, layer in enumerate(layers):
+                for array in (result.arrays.get(f"{kind}_{i}_{k}") for kind in ("auto", "mean", "var")):
+                    if array is not None and not torch.isfinite(array.abs()).all():
+                        raise UserError(f"activations at layer {layer.name} are not finite (NaN or infinite)")
 
 
 def _stream(networks, layers, loader, auto, pairs, patches, means, device):

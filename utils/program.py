@@ -19,35 +19,13 @@ from models.classifier import Classifier
 from models.fast import from_planar, to_planar
 from models.scatnet import ScatNet
 from models.standardization import Standardization
-from utils.activations import Samples
+from utils.activations import Samples, input_of
 from utils.layers import Layer, evaluating
 
 INPUT = "x"
 IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
             operator.itruediv: operator.truediv}
 NORMS = (nn.modules.batchnorm._BatchNorm, Standardization)
-
-
-class _Reached(Exception):
-    """Ends a step inside which a module was reached."""
-
-
-def input_of(module: nn.Module, call: Callable[[], object]) -> Tensor:
-    """The input of a module that runs somewhere in `call()`, which goes no further."""
-    found = []
-
-    def before(_, args):
-        found.append(args[0])
-        raise _Reached
-
-    handle = module.register_forward_pre_hook(before)
-    try:
-        call()
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
 
 
 def channel_samples(x: Tensor, layer: Layer | None = None) -> Tensor:
@@ -113,7 +91,8 @@ class BlockStep(Step):
     def samples_of(self, module, env, layer):
         if not self.planar or module is not (self.holder.std or self.holder.P):
             return super().samples_of(module, env, layer)
-        (real, real_order), (imaginary, imaginary_order) = self.holder.columns_of(env[self.inputs[0]])
+        columns = self.holder.columns_of(env[self.inputs[0]])
+        (real, real_order), (imaginary, imaginary_order) = self.holder.parts_of(columns)
         return Samples(real, imaginary, real_order, imaginary_order)
 
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from models.scatnet import ScatNet
-from models.standardization import EPSILON, Standardization
-from utils.activations import ChannelSums, ProductSum, Samples, accumulation_device
+from models.standardization import Standardization
+from utils.activations import ChannelSums, ProductSum, Samples, accumulation_device, normalized_product
 from utils.alignment import MeanNetwork, align, transport
-from utils.covariance import WeightCovariance, to_double
+from utils.covariance import WeightCovariance
 from utils.errors import UserError, as_user_error
 from utils.layers import Layer, device_of, evaluating, first_images, inspect, make_example, weight_layers
 from utils.program import INPUT, NORMS, Program, channel_samples
@@ -587,8 +587,8 @@ class _CrossCovariance:
         if self.norm is not None:
             _set_statistics(self.norm, self.sums[-1])
             for index, (program, layer) in enumerate(self.originals):
-                trained = _affine(self._counterpart(program, layer))
-                K[index] = _normalized(K[index], self.sums[index].mean, trained, self.sums[-1].mean, _affine(self.norm))
+                K[index] = normalized_product(K[index], self.sums[index].mean, self._counterpart(program, layer),
+                                              self.sums[-1].mean, self.norm)
         alignments = [each[self.k].to(K[0].device) for each in self.construction.reference.alignments]
         return sum(A.mH.to(torch.promote_types(A.dtype, each.dtype)) @ each.to(torch.promote_types(A.dtype, each.dtype))
                    for A, each in zip(alignments, K)) / len(K)
@@ -599,19 +599,6 @@ class _CrossCovariance:
             return layer.module
         name = next(name for name, module in self.construction.calls if module is self.norm)
         return program.network.get_submodule(name)
-
-
-def _normalized(K, mean_a, affine_a, mean_b, affine_b):
-    """E[φ_a φ_b^H] after normalisations φ = (f - m) s + t, from K = E[f_a f_b^H] (its real part, or all) and E[f]."""
-    (m_a, s_a, t_a), (m_b, s_b, t_b) = affine_a, affine_b
-    centred = K - _like(K, torch.outer(m_a, mean_b.conj()) + torch.outer(mean_a - m_a, m_b.conj()))
-    mean_a, mean_b = (mean_a - m_a) * s_a, (mean_b - m_b) * s_b
-    shifts = torch.outer(mean_a + t_a, t_b) + torch.outer(t_a, mean_b.conj())
-    return centred * s_a[:, None] * s_b + _like(K, shifts)
-
-
-def _like(K, correction):
-    return correction if K.is_complex() else correction.real
 
 
 def _seed_of(*numbers):
@@ -633,15 +620,3 @@ def _set_statistics(norm, sums):
         buffers = norm.running_mean, norm.running_var
     buffers[0].copy_(mean)
     buffers[1].copy_(var * (sums.count / max(sums.count - 1, 1)))
-
-
-def _affine(norm):
-    """Mean m, scale s and shift t of a normalisation x -> (x - m) s + t in evaluation, in double precision."""
-    if isinstance(norm, Standardization):
-        mean, var, epsilon, gain, shift = norm.mean, norm.var, EPSILON, None, None
-    else:
-        mean, var, epsilon, gain, shift = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    mean, scale = to_double(mean), (to_double(var) + epsilon).rsqrt()
-    if gain is not None:
-        scale = scale * to_double(gain)
-    return mean, scale, torch.zeros_like(scale) if shift is None else to_double(shift)
