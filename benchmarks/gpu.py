@@ -107,7 +107,7 @@ def operations(config):
     signal = config.input
     images = torch.randn(2, signal.channels, signal.height, signal.width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build(config)(images)
+        build(config).requires_grad_(False)(images)  # the counter of older versions asks learned weights for gradients
     return 3 * counter.get_total_flops() / len(images)
 
 
