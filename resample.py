@@ -27,9 +27,11 @@ from utils.device import describe_device, pick_device
 from utils.errors import UserError, as_user_error, run_main
 from utils.layers import device_of, weight_layers
 from utils.lock import Lock
-from utils.resampling import METHODS, RainbowSampler, checked_widths
+from utils.resampling import METHODS, RainbowSampler
+from utils.resizing import checked_widths
 from utils.runlog import RunLog
 
+TOLERANCE = 2.0  # percent, between machines and precisions
 COLUMNS = ("repeat", "layer", "acc1", "acc5")
 # Options that say where and how often; the others define a sample.
 FREE = frozenset("dir checkpoints overwrite num_repeats device workers data data_dir".split())
@@ -75,6 +77,7 @@ def main(argv=None):
     datasets = load_data(args, trained_args, source)
     network_args = resized_args(network, trained_args, args.num_atoms)
     sampler = prepare(args, network, datasets)
+    check_accuracy(args, source, sampler)
     folder.create()
     with Lock(folder.path / "lock"):
         folder.clean()
@@ -129,6 +132,14 @@ def prepare(args, network, datasets):
 
     return RainbowSampler(MeanNetwork.fit([network], train), train, test=test, method=args.method,
                           widths=args.num_atoms, align_on_test=args.align_test, progress=progress)
+
+
+def check_accuracy(args, source, sampler):
+    """Raises UserError where the trained network is far from the accuracy of its own last validation."""
+    known, found = source.status().get("acc1"), sampler.trained_accuracy.acc1
+    if args.epoch is None and known is not None and abs(known - found) > TOLERANCE:
+        raise UserError(f"{source.path} was trained on other data: it reached {known:.2f} % then, but {found:.2f} % on "
+                        "the test set that is there now")
 
 
 def resized_args(network, trained_args, widths):

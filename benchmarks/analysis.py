@@ -24,9 +24,10 @@ from models.block import BlockConfig  # noqa: E402
 from models.scatnet import ScatNet, ScatNetConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
 from models.standard import StandardConfig, build_standard  # noqa: E402
-from utils.activations import ProductSum, moments, stream_samples  # noqa: E402
+from utils.activations import moments, stream_samples  # noqa: E402
 from utils.alignment import MeanNetwork  # noqa: E402
 from utils.layers import evaluating, weight_layers  # noqa: E402
+from utils.products import ProductSum  # noqa: E402
 from utils.resampling import RainbowSampler  # noqa: E402
 
 WIDTHS = (64, 128, 256, 512, 512, 512, 512, 512)

@@ -7,9 +7,10 @@ from torch.nn import functional as F
 from models.block import BlockConfig
 from models.scatnet import ScatNet, ScatNetConfig
 from models.signal import Signal
-from utils.activations import ChannelSums, ProductSum, Samples, gram, moments
+from utils.activations import moments
 from utils.errors import UserError
 from utils.layers import inspect, weight_layers
+from utils.products import ChannelSums, ProductSum, Samples, gram
 
 
 def batches(count=3, size=8, channels=2, side=8, seed=0):

@@ -220,6 +220,7 @@ def altered(root, tmp_path, status=None, args=None, weights=None):
 
 @pytest.mark.parametrize("change, message", [
     ({"status": lambda s: {**s, "state": "stopped", "epoch": 4}}, r"not finished \(epoch 4 of 6, stopped\)"),
+    ({"status": lambda s: {**s, "acc1": 40.0}}, "was trained on other data: it reached 40.00 % then"),
     ({"args": lambda a: {"args": {**a["args"], "resize_images": 16}}}, "was trained on 1 real channels of 8×8 and 10"),
     ({"weights": lambda w: w["blocks.1.body.Pr.weight"].view(-1)[:3].fill_(float("nan"))},
      "layer blocks.1.body.Pr: 3 of its 640 weights are not finite"),

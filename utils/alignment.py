@@ -13,19 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.activations import (
-    ChannelSums,
-    Moments,
-    ProductSum,
-    Samples,
-    accumulation_device,
-    moments,
-    resolve_layers,
-    stream_inputs,
-)
+from utils.activations import Moments, moments, resolve_layers, stream_inputs
 from utils.covariance import to_double
 from utils.errors import UserError
 from utils.layers import Layer, evaluating, first_images
+from utils.products import ChannelSums, ProductSum, Samples, accumulation_device
 
 SAME = 1e-5  # least distance from 1 of a correlation that tells two channels apart
 

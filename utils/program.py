@@ -19,8 +19,9 @@ from models.classifier import Classifier
 from models.fast import from_planar, to_planar
 from models.scatnet import ScatNet
 from models.standardization import Standardization
-from utils.activations import Samples, input_of
+from utils.activations import input_of
 from utils.layers import Layer, evaluating
+from utils.products import Samples
 
 INPUT = "x"
 IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,

@@ -15,25 +15,25 @@ they do not fit, from the last step that did, or from the images.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.scatnet import ScatNet
 from models.standardization import Standardization
-from utils.activations import ChannelSums, ProductSum, Samples, accumulation_device, normalized_product
 from utils.alignment import MeanNetwork, align, transport
 from utils.covariance import WeightCovariance
-from utils.errors import UserError, as_user_error
-from utils.layers import Layer, device_of, evaluating, first_images, inspect, make_example, weight_layers
+from utils.errors import UserError
+from utils.layers import device_of, evaluating, first_images, inspect, make_example, weight_layers
+from utils.products import ChannelSums, ProductSum, Samples, accumulation_device, normalized_product
 from utils.program import INPUT, NORMS, Program, channel_samples
+from utils.resizing import call_order, checked_widths, neuron_parameters, resize
 
 METHODS = ("gaussian", "orthogonal", "white")
 MOST_MEMORY = 8 << 30  # bytes of activations kept on a CPU unless told otherwise
@@ -107,7 +107,13 @@ class RainbowSampler:
         self.calls = call_order(self.trained, self.example)
         self._check_coverage()
         self.covariances = [WeightCovariance.fit(reference.aligned_weights(k)) for k in range(len(self.layers) - 1)]
-        self.trained_accuracy: Accuracy | None = None
+
+    @cached_property
+    def trained_accuracy(self) -> Accuracy:
+        """The trained network's on the test set."""
+        device = device_of(self.trained)
+        with evaluating(self.trained):
+            return _accuracy(0, ((self.trained(first_images(batch).to(device)), batch[1]) for batch in self.test))
 
     def sample(self, seed: int = 0, report: Callable[[Accuracy], None] | None = None) -> RainbowSample:
         """A new network; the same one for the same seed. `report` is told the accuracy after every layer, from 0 on."""
@@ -142,148 +148,6 @@ def sample_network(networks: nn.Module | Sequence[nn.Module], loader: Iterable, 
     """A rainbow network of a trained network, or of several through their mean network; options of `RainbowSampler`."""
     networks = [networks] if isinstance(networks, nn.Module) else networks
     return RainbowSampler(MeanNetwork.fit(networks, loader), loader, **options).sample(seed)
-
-
-def call_order(network: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
-    """The modules that hold parameters or running statistics of their own, in the order of their first calls."""
-    order, handles = [], []
-
-    def hook(name):
-        def before(module, args):
-            if (name, module) not in order:
-                order.append((name, module))
-        return before
-
-    for name, module in network.named_modules():
-        own = next(module.parameters(recurse=False), None) is not None or isinstance(module, NORMS)
-        if own and name:
-            handles.append(module.register_forward_pre_hook(hook(name)))
-    try:
-        with evaluating(network):
-            network(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order
-
-
-def neuron_parameters(calls: Sequence[tuple[str, nn.Module]], layers: Sequence[Layer]) -> list[list[str]]:
-    """For each layer, the names of the parameters that have one value (or m values) for each of its neurons.
-
-    They are the layer's bias, and what comes between it and the next layer: affine maps, gains and thresholds.
-    """
-    position = {layer.module: k for k, layer in enumerate(layers)}
-    names, current = [[] for _ in layers], None
-    for name, module in calls:
-        current = position.get(module, current)
-        if current is None:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            is_weight = module in position and key == "weight"
-            if not is_weight and parameter.ndim and parameter.numel() == parameter.shape[0] \
-                    and parameter.shape[0] % layers[current].neurons == 0:
-                names[current].append(f"{name}.{key}")
-    return names
-
-
-def resize(network: nn.Module, layers: Sequence[Layer], widths: Sequence[int], example: Tensor,
-           calls: Sequence[tuple[str, nn.Module]]) -> nn.Module:
-    """A copy of the network whose layers but the last have the given numbers of neurons, its weights not yet set.
-
-    Where shapes stay, so do values. Raises UserError if the widths do not fit together (at the sum of a shortcut).
-    """
-    if list(widths) == [layer.neurons for layer in layers[:-1]]:
-        return copy.deepcopy(network)
-    if isinstance(network, ScatNet):
-        return _resize_scattering(network, layers, widths)
-    return _resize_modules(network, layers, widths, example, calls)
-
-
-def _resize_scattering(network, layers, widths):
-    by_module = {layer.module: width for layer, width in zip(layers, widths)}
-    blocks = []
-    for config, block in zip(network.config.blocks, network.blocks):
-        if block.P in by_module:
-            kind = next(name for name, module in block.body.named_children() if module is block.P)
-            config = replace(config, projection_initialization=None, projection_eigenvalues=None,
-                             **{f"{kind}_size": by_module[block.P]})
-        blocks.append(config)
-    with as_user_error("these widths fit no network: "), torch.random.fork_rng(devices=[]):
-        resized = ScatNet(replace(network.config, blocks=tuple(blocks)))
-    state = resized.state_dict()
-    for name, tensor in network.state_dict().items():
-        if state[name].shape == tensor.shape:
-            state[name] = tensor
-    resized.load_state_dict(state)
-    return resized.to(device_of(network))
-
-
-def _resize_modules(network, layers, widths, example, calls):
-    """Modules take the shape that their input has when it first comes by."""
-    resized = copy.deepcopy(network)
-    modules = dict(resized.named_modules())
-    wanted = {modules[layer.name]: width for layer, width in zip(layers, [*widths, layers[-1].neurons])}
-    for names, layer, width in zip(neuron_parameters(calls, layers), layers, widths):
-        for owner, _, key in (name.rpartition(".") for name in names):
-            old = getattr(modules[owner], key)
-            shape = (old.shape[0] // layer.neurons * width, *old.shape[1:])
-            _set_parameter(modules[owner], key, shape)
-
-    def before(module, args):
-        _fit(module, args[0], wanted.get(module))
-
-    handles = [modules[name].register_forward_pre_hook(before) for name, _ in calls]
-    try:
-        with evaluating(resized):
-            resized(example)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the widths {' '.join(map(str, widths))} do not fit together: {str(error).splitlines()[0]} "
-                        "(layers whose outputs are added need the same width)") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return resized
-
-
-def _fit(module, x, neurons):
-    """Gives a layer, of so many `neurons`, or a normalisation the shape that its input needs."""
-    if isinstance(module, nn.Linear):
-        module.in_features, module.out_features = x.shape[-1], neurons
-        _set_parameter(module, "weight", (neurons, x.shape[-1]))
-    elif neurons is not None:
-        module.in_channels, module.out_channels = x.shape[1], neurons
-        _set_parameter(module, "weight", (neurons, x.shape[1], *module.weight.shape[2:]))
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        module.num_features = x.shape[1]
-        for key, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.ndim and len(buffer) != x.shape[1]:
-                setattr(module, key, buffer.new_full((x.shape[1],), float(key == "running_var")))
-
-
-def _set_parameter(module, key, shape):
-    """Random numbers of a new shape, until they are drawn: activations are neither 0 nor infinite."""
-    old = getattr(module, key)
-    if tuple(old.shape) != tuple(shape):
-        generator = torch.Generator().manual_seed(0)
-        value = torch.randn(shape, dtype=old.dtype, generator=generator) / math.sqrt(math.prod(shape[1:]))
-        setattr(module, key, nn.Parameter(value.to(old.device), requires_grad=old.requires_grad))
-
-
-def checked_widths(widths: Sequence[int] | None, layers: Sequence[Layer]) -> list[int]:
-    """The widths of all layers but the last, by default their own. Raises UserError where they do not fit."""
-    own = [layer.neurons for layer in layers[:-1]]
-    if not own:
-        raise UserError("a network of one layer has nothing to sample: its only layer is the classifier")
-    if widths is None:
-        return own
-    widths = list(widths)
-    if len(widths) != len(own):
-        raise UserError(f"{len(widths)} widths are given for {len(own)} layers before the classifier, whose widths are "
-                        f"{' '.join(map(str, own))}: give {len(own)}")
-    for width in widths:
-        if int(width) != width or width < 1:
-            raise UserError(f"a width is a positive integer, not {width}")
-    return [int(width) for width in widths]
 
 
 class Activations:
@@ -383,7 +247,9 @@ class _Construction:
                 self._calibrate(module)
         self.result.alignments = [self.alignments[self._key(layer)] for layer in self.layers]
         if self.sampler.test is not None:
-            self.note(self._accuracy(len(self.layers) - 1, self.program.end, lambda env: env[self.program.output]))
+            batches = self.testing.at(self.program.end, "accuracy")
+            scores = ((env[self.program.output], labels) for (env,), labels in batches)
+            self.note(_accuracy(len(self.layers) - 1, scores))
 
     # ---- what is known of the two networks
 
@@ -508,17 +374,14 @@ class _Construction:
 
     def _measure(self, k):
         """The accuracy before layer k is drawn: trained layers from k on, aligned to the new network before them."""
-        sampler, module = self.sampler, self.layers[k].module
-        if sampler.test is None or k == len(self.layers) - 1:
+        module = self.layers[k].module
+        if self.sampler.test is None or k == len(self.layers) - 1:
             return
         if k == 0:
-            original = self.originals[0]
-            if sampler.trained_accuracy is None:
-                sampler.trained_accuracy = self._accuracy(
-                    0, 0, lambda env: original.run(env, 0, original.end)[original.output])
-            self.note(sampler.trained_accuracy)
+            self.note(self.sampler.trained_accuracy)
         elif self.program.step_of(module).resumes(module):
-            self.note(self._accuracy(k, self.program.place(module), lambda env: self._mixed(k, env)))
+            batches = self.testing.at(self.program.place(module), "accuracy")
+            self.note(_accuracy(k, ((self._mixed(k, env), labels) for (env,), labels in batches)))
 
     def _mixed(self, k, env):
         """The scores of a network that is the new one before layer k and the trained one from there on."""
@@ -536,15 +399,17 @@ class _Construction:
         back = self.rotations[name].T.to(device=value.device, dtype=value.dtype)
         return torch.tensordot(value, back, dims=([1], [0])).movedim(-1, 1) if value.ndim > 3 else value @ back
 
-    def _accuracy(self, layer, position, scores_of):
-        """Top-1 and top-5 accuracy of the scores from the new network's values at a position."""
-        right, total = torch.zeros(2, dtype=torch.int64), 0
-        for (env,), labels in self.testing.at(position, "accuracy"):
-            scores = scores_of(env)
-            best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(scores.device)[:, None]
-            right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
-            total += len(labels)
-        return Accuracy(layer, *(100 * right / total).tolist())
+
+def _accuracy(layer, batches):
+    """Top-1 and top-5 accuracy of (scores, labels)."""
+    right, total = torch.zeros(2, dtype=torch.int64), 0
+    for scores, labels in batches:
+        if labels is None:
+            raise UserError("accuracies need a test set of (images, labels)")
+        best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(scores.device)[:, None]
+        right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
+        total += len(labels)
+    return Accuracy(layer, *(100 * right / total).tolist())
 
 
 class _CrossCovariance:
