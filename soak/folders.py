@@ -1,6 +1,7 @@
 """What a folder of runs holds: whether every file of it can be read, and whether it is what another folder holds."""
 import csv
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -14,7 +15,15 @@ PLACES = {"dir", "checkpoints"}
 
 def unreadable(root):
     """A line for every file under `root` that cannot be read; half-written ones beside their place do not count."""
-    return [f"{path}: {error}" for path in files(root) if (error := _complaint(path))]
+    return [f"{path}: {error}" for path in files(root) if (error := _lasting_complaint(path))]
+
+
+def _lasting_complaint(path):
+    """A complaint that stands a second look: what a killed runner has started may just be replacing the file."""
+    if not _complaint(path):
+        return None
+    time.sleep(0.2)
+    return _complaint(path) if path.exists() else None
 
 
 def differences(root, other, ignored=()):
