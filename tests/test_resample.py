@@ -122,7 +122,7 @@ def test_samples_of_a_network_that_was_trained_anew_are_stale(root):
     run(root, "copy")
     first = contents(root / "resamplings" / "resample-copy")
     checkpoint = load(folder.file())
-    checkpoint["state_dict"]["blocks.0.body.Pr.weight"] *= -1
+    checkpoint["state_dict"]["blocks.3.body.Pr.weight"] *= 1.01  # `N` undoes it: no accuracy tells
     save(folder.file(), checkpoint)
     run(root, "copy")
     assert contents(root / "resamplings" / "resample-copy") != first
