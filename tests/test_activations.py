@@ -101,6 +101,7 @@ def test_what_is_skipped_and_why():
     (lambda x: x, "torch.nn.Module"),
     (nn.ReLU(), "no linear layer"),
     (torch.jit.script(nn.Linear(2, 2)), "offers no hooks"),
+    (torch.compile(nn.Linear(2, 2)), "offers no hooks"),
 ])
 def test_what_has_no_layers_is_refused(model, message):
     with pytest.raises(UserError, match=message):

@@ -261,9 +261,8 @@ def _layer(name, module, spatial):
 def _check_hooks(model):
     if not isinstance(model, nn.Module):
         raise UserError(f"a network is a torch.nn.Module, got a {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError(f"{type(model).__name__} is compiled (TorchScript) and offers no hooks: give the module that "
-                        "it was made from")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise UserError(f"{type(model).__name__} is compiled and offers no hooks: give the module it was made from")
 
 
 def _note_other_weights(model, candidates, skipped):
