@@ -1,5 +1,6 @@
 """Training with several processes, started by torchrun; one process alone is the case of one rank."""
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -7,6 +8,8 @@ from torch import nn
 
 from utils.device import pick_device
 from utils.errors import UserError
+
+LAST_TENSORS = 0.2  # seconds that the threads of a process group have to free the tensors of its last sums
 
 
 class World:
@@ -41,8 +44,13 @@ class World:
         return values[0]
 
     def leave(self):
-        """Ends the group of processes."""
+        """Ends the group of processes.
+
+        A thread of gloo's that is the last to hold a tensor needs Python's lock to free it, and older versions of torch
+        (2.4) wait for their threads with that lock held, for ever: sleeping, we give it to them first.
+        """
         if self.size > 1:
+            time.sleep(LAST_TENSORS)
             dist.destroy_process_group()
 
 
