@@ -8,7 +8,7 @@ Two ratios are printed for each kind of network, medians over repeats that are m
   network over the same images; with all activations kept, and with none (partial passes from the images). Allowed: 6,
   where activations are kept.
 - moments: the time for the second moments of all layers of five networks, over the time of their forward passes plus
-  that of the matrix products alone. Allowed: 1.5.
+  that of the matrix products alone; for the ResNet also of the patches that its convolutions meet. Allowed: 1.5.
 """
 import argparse
 import sys
@@ -27,7 +27,7 @@ from models.standard import StandardConfig, build_standard  # noqa: E402
 from utils.activations import moments, stream_samples  # noqa: E402
 from utils.alignment import MeanNetwork  # noqa: E402
 from utils.layers import evaluating, weight_layers  # noqa: E402
-from utils.products import ProductSum  # noqa: E402
+from utils.products import triangle  # noqa: E402
 from utils.resampling import RainbowSampler  # noqa: E402
 
 WIDTHS = (64, 128, 256, 512, 512, 512, 512, 512)
@@ -66,20 +66,33 @@ def forward(networks, data):
                 network(images)
 
 
-def products(networks, data):
-    """Seconds of the symmetric products alone, of samples that are there already."""
+def products(networks, data, patches):
+    """Seconds of the symmetric products alone, half of each, of samples that are there already."""
     total = 0.0
     with evaluating(*networks):
         for network in networks:
             layers = weight_layers(network, data[0][0])
-            sums = [ProductSum() for _ in layers]
             for images, _ in data:
                 held = []
-                stream_samples(network, layers, images, False,
+                stream_samples(network, layers, images, patches,
                                lambda k, samples, *_, held=held: held.append(samples.clone()))
-                for product, samples in zip(sums, held):
-                    total += seconds(lambda product=product, samples=samples: product.add(samples))[0]
+                for piece in (piece for samples in held for piece in samples.pieces()):
+                    total += sum(seconds(lambda x=x: multiply(x))[0] for x in real_matrices(piece))
     return total
+
+
+def real_matrices(samples):
+    """The pairs of real matrices whose products make up Σ φ φ^H."""
+    parts = [columns for _, columns, _ in samples.parts()]
+    return [(parts[0], None)] if len(parts) == 1 else [(parts[0], None), (parts[1], None), (parts[1], parts[0])]
+
+
+def multiply(matrices):
+    """The product of two matrices of samples, or the half of one with itself that is needed."""
+    a, b = matrices
+    if b is not None:
+        return a.T @ b
+    return [a[:, rows].T @ a[:, columns] for rows, columns in triangle(a.shape[1])]
 
 
 def resampling_ratios(network, data, repeats):
@@ -95,13 +108,13 @@ def resampling_ratios(network, data, repeats):
     return [median(column) for column in zip(*rows)]
 
 
-def moments_ratio(networks, data, repeats):
+def moments_ratio(networks, data, repeats, patches=False):
     """Time of all second moments over that of forward passes and products."""
     forward(networks, data)
     ratios = []
     for _ in range(repeats):
-        least = seconds(lambda: forward(networks, data))[0] + products(networks, data)
-        ratios.append(seconds(lambda: moments(networks, None, data))[0] / least)
+        least = seconds(lambda: forward(networks, data))[0] + products(networks, data, patches)
+        ratios.append(seconds(lambda: moments(networks, None, data, patches=patches, means=not patches))[0] / least)
     return median(ratios)
 
 
@@ -122,9 +135,12 @@ def main():
     print(f"{args.images} images of 32×32, width {args.width:g}, {args.threads} threads, medians of {args.repeats}")
     for kind, make in makers.items():
         kept, none = resampling_ratios(make(0), data, args.repeats)
-        ratio = moments_ratio([make(seed) for seed in range(NETWORKS)], data, args.repeats)
+        networks = [make(seed) for seed in range(NETWORKS)]
+        ratios = f"{moments_ratio(networks, data, args.repeats):4.2f}"
+        if kind not in KINDS:
+            ratios += f", {moments_ratio(networks, data, args.repeats, patches=True):4.2f} of patches"
         print(f"{kind:14} resampling / forward pass: {kept:5.1f} kept, {none:5.1f} from the images;  "
-              f"moments / (forward passes + products): {ratio:4.2f}", flush=True)
+              f"moments / (forward passes + products): {ratios}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from models.signal import Signal
 from utils.activations import moments
 from utils.errors import UserError
 from utils.layers import inspect, weight_layers
-from utils.products import ChannelSums, ProductSum, Samples, gram
+from utils.products import ChannelSums, ProductSum, Samples
 
 
 def batches(count=3, size=8, channels=2, side=8, seed=0):
@@ -175,9 +175,54 @@ def test_a_convolutions_patches_give_the_energy_of_its_output():
         torch.testing.assert_close(((weights @ found.auto(0, 0)) * weights).sum(1), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("options", [
+    {"kernel_size": 3, "padding": 1}, {"kernel_size": (2, 3), "stride": (1, 2)}, {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 3, "dilation": 2, "padding": (2, 0)}, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+])
+def test_patches_are_what_a_convolution_multiplies(options):
+    network, x = nn.Sequential(nn.Conv2d(2, 4, **options)), batches()[0][0]
+    (layer,) = weight_layers(network, x)
+    with torch.no_grad():
+        expected = network(x).movedim(1, -1).flatten(0, 2) - network[0].bias
+    torch.testing.assert_close(layer.samples(x, patches=True) @ layer.get().T, expected)
+
+
+def test_patches_piece_by_piece_equal_all_in_memory(monkeypatch):
+    networks, data = [cnn(), cnn(1)], batches()
+    monkeypatch.setattr("utils.activations.ROWS_AT_ONCE", 40)
+    found = moments(networks, ["0", "2"], data, patches=True, cross=[(0, 1)])
+    images = torch.cat([images for images, _ in data])
+    for name in ("0", "2"):
+        layers = [weight_layers(network, images, [name])[0] for network in networks]
+        with torch.no_grad():
+            inputs = [network[: int(name)](images) for network in networks]
+        a, b = (layer.samples(x, patches=True).double() for layer, x in zip(layers, inputs))
+        torch.testing.assert_close(found.auto(0, name), a.T @ a / len(a), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.cross(0, 1, name), a.T @ b / len(a), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.mean(1, name), b.mean(0), atol=1e-6, rtol=1e-5)
+        assert found.count(0, name) == len(a)
+
+
+def test_small_batches_run_together_and_large_ones_by_themselves(monkeypatch):
+    network, lengths = cnn(), []
+    network[0].register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
+    data = [*batches(5), *batches(2, side=10)]
+    together = moments([network], ["0", "2"], data)
+    assert lengths[1:] == [8, 32, 16]  # after the dry run: how large the first is, then all that have one shape
+    monkeypatch.setattr("utils.activations.JOINED_BYTES", 1)
+    lengths.clear()
+    apart = moments([network], ["0", "2"], data)
+    assert lengths[1:] == [8] * 7
+    torch.testing.assert_close(together.auto(0, "2"), apart.auto(0, "2"), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(together.var(0, "2"), apart.var(0, "2"), rtol=1e-5, atol=1e-7)
+
+
 def test_half_a_symmetric_product_is_the_whole():
-    x = torch.randn(50, 700)
-    torch.testing.assert_close(gram(x), x.T @ x, rtol=1e-4, atol=1e-4)
+    x, total = torch.randn(50, 700), ProductSum()
+    for part in x.split(20):
+        total.add(Samples.of(part))
+    for _ in range(2):
+        torch.testing.assert_close(total.total(), (x.T @ x).double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("first, second", [("r", "r"), ("r", "c"), ("c", "r"), ("c", "c")])

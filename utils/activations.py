@@ -8,8 +8,10 @@ network runs no further than the last layer wanted.
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +33,18 @@ from utils.layers import (
     make_example,
     weight_layers,
 )
-from utils.products import ChannelSums, ProductSum, Samples, accumulation_device, affine_of, normalized_product
+from utils.products import (
+    ROWS_AT_ONCE,
+    ChannelSums,
+    ProductSum,
+    Samples,
+    Workspace,
+    accumulation_device,
+    affine_of,
+    normalized_product,
+)
+
+JOINED_BYTES = 16 << 20  # measured: of all inputs of a network's layers, for which a batch is large enough
 
 
 class Moments:
@@ -154,8 +167,40 @@ def stream_inputs(network: nn.Module, layers: Sequence[Layer], images: Tensor,
         raise UserError(f"layer {layers[next(iter(waiting))].name} was not called in the forward pass")
 
 
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Samples that a convolution meets in its padded input, k² times as many numbers as that has: made in pieces."""
+
+    layer: Layer
+    padded: Tensor
+    workspace: Workspace
+
+    def __len__(self):
+        return math.prod(self._windows.shape[:3])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what they are made from."""
+        return self.padded.nbytes
+
+    def clone(self) -> Patches:
+        """The same in memory of its own."""
+        return Patches(self.layer, self.padded.clone(), Workspace())
+
+    def pieces(self) -> Iterator[Samples]:
+        """Some images' at a time, about ROWS_AT_ONCE samples; the next piece overwrites the one before."""
+        for part in self._windows.split(max(1, ROWS_AT_ONCE * len(self.padded) // len(self))):
+            columns = self.workspace.take("patches", part.shape, part).copy_(part)
+            yield Samples(columns.view(-1, self.layer.dimension), real_order=self.layer.patch_order)
+
+    @property
+    def _windows(self):
+        return self.layer.patch_windows(self.padded)
+
+
 def stream_samples(network: nn.Module, layers: Sequence[Layer], images: Tensor, patches: bool,
-                   receive: Callable[[int, Samples, nn.Module | None, bool], None]) -> None:
+                   receive: Callable[[int, Samples | Patches, nn.Module | None, bool], None],
+                   workspace: Workspace | None = None) -> None:
     """The same as `receive(k, samples, norm, shared)`: samples of the input of layer k, or of that of the normalisation
     that leads to it, which stands for the layer's; `shared`: they lie in memory that may change.
 
@@ -163,10 +208,13 @@ def stream_samples(network: nn.Module, layers: Sequence[Layer], images: Tensor, 
     """
     if isinstance(network, ScatNet) and all(block.runs_fused(images.dtype) for block in network.blocks):
         return _stream_blocks(network, layers, images, patches, receive)
+    workspace = workspace or Workspace()
 
     def of_input(k, x):
+        if patches and layers[k].kind == "conv":
+            return receive(k, Patches(layers[k], layers[k].padded(x), workspace), None, True)
         rows = layers[k].samples(x, patches)
-        receive(k, Samples.of(rows), None, rows.data_ptr() == x.data_ptr())
+        return receive(k, Samples.of(rows), None, rows.data_ptr() == x.data_ptr())
 
     return stream_inputs(network, layers, images, of_input)
 
@@ -297,27 +345,36 @@ class _Stream:
         numbers = range(len(layers[0]))
         everywhere = [(i, k) for i in range(len(networks)) for k in numbers]
         self.counts = dict.fromkeys(everywhere, 0)
-        self.auto = {place: ProductSum() for place in everywhere} if auto else {}
+        self.workspace = Workspace()
+        self.auto = {place: ProductSum(workspace=self.workspace) for place in everywhere} if auto else {}
         self.channels = {place: ChannelSums() for place in everywhere}
         self.norms = {}
-        self.cross = {(*pair, k): ProductSum(any(layers[i][k].is_complex for i in pair))
+        self.cross = {(*pair, k): ProductSum(any(layers[i][k].is_complex for i in pair), self.workspace)
                       for pair in pairs for k in numbers}
         self.partners = {i: [pair for pair in pairs if i == max(pair)] for i in range(len(networks))}
         self.last_use = {i: max([max(pair) for pair in pairs if i in pair], default=-1) for i in range(len(networks))}
         self.held = {}
+        self.images = self.bytes = 0
 
     def add(self, images):
+        self.images += len(images)
         for i, network in enumerate(self.networks):
-            stream_samples(network, self.layers[i], images, self.patches, partial(self._receive, i))
+            stream_samples(network, self.layers[i], images, self.patches, partial(self._receive, i), self.workspace)
             for place in [place for place in self.held if self.last_use[place[0]] <= i]:
                 del self.held[place]
 
+    def bytes_of_an_image(self):
+        """What the inputs of a network's layers take, as far as is known; unlimited before the first batch."""
+        return self.bytes / self.images / len(self.networks) if self.images else math.inf
+
     def _receive(self, i, k, samples, norm, shared):
+        self.bytes += samples.nbytes
         self.counts[i, k] += len(samples)
         self.norms[i, k] = norm
-        self.channels[i, k].add(samples)
-        if self.auto:
-            self.auto[i, k].add(samples)
+        for piece in samples.pieces():
+            squares = self.auto[i, k].add(piece) if self.auto else None
+            if self.means or norm is not None:
+                self.channels[i, k].add(piece, squares)
         if self.last_use[i] >= i:
             self.held[i, k] = samples.clone() if shared else samples
         for pair in self.partners[i]:
@@ -336,8 +393,8 @@ class _Stream:
             result.arrays[f"auto_{i}_{k}"] = self._normalized(total, i, i, k)
         for (i, j, k), total in self.cross.items():
             result.arrays[f"cross_{i}_{j}_{k}"] = self._normalized(total, i, j, k)
-        for (i, k), sums in self.channels.items():
-            if self.means:
+        if self.means:
+            for (i, k), sums in self.channels.items():
                 mean, scale, shift = affine_of(self.norms[i, k])
                 result.arrays[f"mean_{i}_{k}"] = (sums.mean - mean) * scale + shift
                 result.arrays[f"var_{i}_{k}"] = sums.var * scale**2
@@ -345,7 +402,7 @@ class _Stream:
         return result
 
     def _normalized(self, total, i, j, k):
-        K = total.total() / self.counts[i, k]
+        K = total.total().div_(self.counts[i, k])
         norms = self.norms[i, k], self.norms[j, k]
         if norms == (None, None):
             return K
@@ -354,17 +411,39 @@ class _Stream:
     def _check_finite(self, result):
         for i, layers in enumerate(self.layers):
             for k, layer in enumerate(layers):
-                for array in (result.arrays.get(f"{kind}_{i}_{k}") for kind in ("auto", "mean", "var")):
-                    if array is not None and not torch.isfinite(array.abs()).all():
+                auto = result.arrays.get(f"auto_{i}_{k}")
+                vectors = [result.arrays.get(f"{kind}_{i}_{k}") for kind in ("mean", "var")]
+                for vector in [None if auto is None else auto.diagonal(), *vectors]:  # no other entry is larger
+                    if vector is not None and not torch.isfinite(vector).all():
                         raise UserError(f"activations at layer {layer.name} are not finite (NaN or infinite)")
 
 
 def _stream(networks, layers, loader, auto, pairs, patches, means, device):
     stream = _Stream(networks, layers, auto, pairs, patches, means)
     with evaluating(*networks):
-        for batch in loader:
-            stream.add(first_images(batch).to(device, non_blocking=True))
+        for images in _joined(loader, device, stream):
+            stream.add(images)
     return stream.finish()
+
+
+def _joined(loader, device, stream):
+    """Images batch by batch, small batches together: by themselves they would cost more calls than work."""
+    waiting = []
+    for batch in loader:
+        images = first_images(batch).to(device, non_blocking=True)
+        if waiting and images.shape[1:] != waiting[0].shape[1:]:
+            yield _cat(waiting)
+            waiting = []
+        waiting.append(images)
+        if sum(map(len, waiting)) * stream.bytes_of_an_image() >= JOINED_BYTES:
+            yield _cat(waiting)
+            waiting = []
+    if waiting:
+        yield _cat(waiting)
+
+
+def _cat(batches):
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 
 def _write(path, key, result):

@@ -13,6 +13,7 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Layer:
         x: (B, C, ...) for a projection or convolution, (B, ..., D) for a linear layer. # (B·M·N, C) or (B·M'·N', D)
         """
         if self.kind == "conv" and patches:
-            return self._patches(x)
+            return self.patch_windows(self.padded(x)).movedim(-1, -3).reshape(-1, self.dimension)
         if self.kind != "linear":
             return x.movedim(1, -1).flatten(0, -2)
         if self.spatial is None or patches:
@@ -94,14 +95,31 @@ class Layer:
             return x @ rotation
         return (x.unflatten(1, (self.channels, -1)).mT @ rotation).mT.flatten(1)
 
-    def _patches(self, x: Tensor) -> Tensor:
+    def padded(self, x: Tensor) -> Tensor:
+        """A convolution's input x (B, C, M, N) with its padding, channels last. # (B, M + 2p, N + 2p, C)
+
+        Raises UserError for other than two-dimensional convolutions.
+        """
         conv = self.module
         if not isinstance(conv, nn.Conv2d):
             raise UserError(f"layer {self.name}: patches are taken of two-dimensional convolutions only")
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-        patches = F.unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)  # (B, C·k², M'·N')
-        return patches.mT.flatten(0, 1)
+        return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode).movedim(1, -1).contiguous()
+
+    def patch_windows(self, padded: Tensor) -> Tensor:
+        """What the rows of a convolution's W_j meet in its padded input, as a view. # (B, M', N', k, k, C)"""
+        conv, axes = self.module, (0, 1)
+        reach = [conv.dilation[axis] * (conv.kernel_size[axis] - 1) for axis in axes]
+        grid = [(padded.shape[1 + axis] - reach[axis] - 1) // conv.stride[axis] + 1 for axis in axes]
+        strides = [padded.stride(1 + axis) * conv.stride[axis] for axis in axes]
+        steps = [padded.stride(1 + axis) * conv.dilation[axis] for axis in axes]
+        return padded.as_strided((len(padded), *grid, *conv.kernel_size, self.channels),
+                                 (padded.stride(0), *strides, *steps, 1))
+
+    @cached_property
+    def patch_order(self) -> Tensor:
+        """For every entry of a row of W_j its place in a window: channel and position change places. # (D,) int64"""
+        return torch.arange(self.dimension).view(-1, self.channels).T.flatten()
 
 
 @dataclass

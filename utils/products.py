@@ -6,6 +6,8 @@ are affine maps of channels, so that products before and after them are a matter
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from models.standardization import EPSILON, Standardization
 
-ROWS_AT_ONCE = 8192  # samples summed in single precision
+ROWS_AT_ONCE = 8192  # samples summed in single precision, or more where that are few numbers
+NUMBERS_AT_ONCE = 1 << 18
 SMALL_MATRIX = 256  # channels below which half a symmetric product saves nothing
 
 
@@ -27,14 +30,29 @@ def _double(x):
     return x.to(accumulation_device(x.device)).to(dtype)
 
 
-def gram(x: Tensor) -> Tensor:
-    """XᵀX for real samples X (n, D), with half the work: the blocks below the diagonal are copied. # (D, D)"""
-    size = x.shape[1]
+def triangle(size: int, start: int = 0) -> Iterator[tuple[slice, slice]]:
+    """Blocks (rows, columns) of a symmetric matrix that hold its diagonal and what is above: half the work."""
     if size <= SMALL_MATRIX:
-        return x.T @ x
-    left, right = x[:, : size // 2], x[:, size // 2 :]
-    corner = left.T @ right
-    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.T, gram(right)], 1)])
+        yield slice(start, start + size), slice(start, start + size)
+        return
+    middle, end = start + size // 2, start + size
+    yield from triangle(middle - start, start)
+    yield slice(start, middle), slice(middle, end)
+    yield from triangle(end - middle, middle)
+
+
+class Workspace:
+    """Memory for intermediate results, used again and again: a fresh page costs more than the numbers written to it."""
+
+    def __init__(self):
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialised tensor of type and device of `like`; the one taken before under that name is overwritten."""
+        key, count = (name, like.dtype, like.device), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < count:
+            self._buffers[key] = like.new_empty(count)
+        return self._buffers[key][:count].view(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +74,26 @@ class Samples:
     def __len__(self):
         return len(self.real)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both parts."""
+        return self.real.nbytes + (0 if self.imaginary is None else self.imaginary.nbytes)
+
     def clone(self) -> Samples:
         """The same in memory of its own."""
         imaginary = None if self.imaginary is None else self.imaginary.clone()
         return replace(self, real=self.real.clone(), imaginary=imaginary)
+
+    def pieces(self) -> Iterator[Samples]:
+        """The same, ROWS_AT_ONCE samples at a time, or as many as make NUMBERS_AT_ONCE."""
+        rows = max(ROWS_AT_ONCE, NUMBERS_AT_ONCE // self.real.shape[1])
+        if len(self) <= rows:
+            yield self
+            return
+        for start in range(0, len(self), rows):
+            real, imaginary = (None if part is None else part[start : start + rows]
+                               for part in (self.real, self.imaginary))
+            yield replace(self, real=real, imaginary=imaginary)
 
     def parts(self) -> list[tuple[str, Tensor, Tensor | None]]:
         """(name, columns, order) of the real and, if there is one, of the imaginary part."""
@@ -70,36 +104,57 @@ class Samples:
 class ProductSum:
     """Σ φ_a φ_b^H over the samples of both that are added, in double precision; its real part if not `complex_values`.
 
-    In single precision it sums ROWS_AT_ONCE samples.
+    In single precision it sums ROWS_AT_ONCE samples. Of symmetric products it computes half.
     """
 
-    def __init__(self, complex_values: bool = True):
+    def __init__(self, complex_values: bool = True, workspace: Workspace | None = None):
         self.complex_values = complex_values
+        self._workspace = workspace or Workspace()
         self._sums: dict[str, Tensor] = {}
         self._orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._symmetric: set[str] = set()
         self._shape = None
 
-    def add(self, a: Samples, b: Samples | None = None) -> None:
-        """Samples of D_a and D_b channels; without b the symmetric product of a with itself."""
-        self._shape = a.real.shape[1], (b or a).real.shape[1]
-        for name, columns, order in a.parts():
-            for other_name, other, other_order in (b or a).parts():
+    def add(self, a: Samples, b: Samples | None = None) -> dict[str, Tensor]:
+        """Samples of D_a and D_b channels; without b the symmetric product of a with itself.
+
+        Returns Σ x² of the columns of each part of a symmetric product, its diagonal, for `ChannelSums`. # (D,) float64
+        """
+        if b is not None:
+            for left, right in zip(a.pieces(), b.pieces()):
+                self._add(left, right)
+            return {}
+        before = {name: self._sums[name * 2].diagonal().clone() for name in "ri" if name * 2 in self._sums}
+        for piece in a.pieces():
+            self._add(piece, None)
+        after = {name: self._sums[name * 2].diagonal() for name, *_ in a.parts()}
+        return {name: diagonal - before.get(name, 0) for name, diagonal in after.items()}
+
+    def _add(self, a, b):
+        """Adds the products of the parts of a piece, with those of another piece or of itself."""
+        self._shape = a.real.shape[1], (a if b is None else b).real.shape[1]
+        for name, left, order in a.parts():
+            for other_name, right, other_order in (a if b is None else b).parts():
                 if name != other_name and not self.complex_values or (b is None and (name, other_name) == ("r", "i")):
                     continue
-                self._orders[name + other_name] = order, other_order
-                self._add(name + other_name, columns, None if b is None and name == other_name else other)
+                key, half = name + other_name, b is None and name == other_name
+                self._orders[key] = order, other_order
+                if half:
+                    self._symmetric.add(key)
+                self._add_product(key, left, right, triangle(left.shape[1]) if half else [(slice(None), slice(None))])
 
-    def _add(self, key, a, b):
-        for start in range(0, len(a), ROWS_AT_ONCE):
-            rows = a[start : start + ROWS_AT_ONCE]
-            product = gram(rows) if b is None else rows.T @ b[start : start + ROWS_AT_ONCE]
-            if key not in self._sums:
-                device = accumulation_device(product.device)
-                self._sums[key] = torch.zeros(product.shape, dtype=torch.float64, device=device)
-            self._sums[key] += product.to(self._sums[key].device)
+    def _add_product(self, key, a, b, blocks):
+        if key not in self._sums:
+            device = accumulation_device(a.device)
+            self._sums[key] = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=device)
+        total = self._sums[key]
+        for rows, columns in blocks:
+            left, right = a[:, rows].T, b[:, columns]
+            product = self._workspace.take("product", (left.shape[0], right.shape[1]), a)
+            total[rows, columns].add_(torch.mm(left, right, out=product).to(total.device))
 
     def total(self) -> Tensor:
-        """The sum. # (D_a, D_b) float64, or complex128 where samples and `complex_values` are"""
+        """The sum, in memory of its own. # (D_a, D_b) float64, or complex128 where samples and `complex_values` are"""
         real = self._full("rr")
         if "ii" in self._sums:
             real += self._full("ii")
@@ -115,60 +170,75 @@ class ProductSum:
     def _full(self, key):
         """A sum in the order of the channels, with zeros for those that have no such part."""
         total = self._sums[key]
-        rows, columns = (None if order is None else order.to(total.device) for order in self._orders[key])
-        total = total if rows is None else total[rows]
-        total = total if columns is None else total[:, columns]
+        if key in self._symmetric:
+            for rows, columns in triangle(len(total)):
+                if rows != columns:
+                    total[columns, rows] = total[rows, columns].T
+        orders = [None if order is None else order.to(total.device) for order in self._orders[key]]
+        if orders[0] is not None and orders[1] is not None:
+            total = total[orders[0][:, None], orders[1]]
+        else:
+            total = total.clone() if orders[0] is None else total[orders[0]]
+            total = total if orders[1] is None else total[:, orders[1]]
+        if total.shape == self._shape:
+            return total
         full = total.new_zeros(self._shape)
         full[: total.shape[0], : total.shape[1]] = total
         return full
 
 
-def _mean_and_squares(x):
-    """Mean of every channel of real samples (n, D) and Σ (x - mean)², from Σ x² where that is not mostly the mean's."""
-    mean = x.mean(0)
-    power = _double(x.square().sum(0))
-    squares = power - len(x) * _double(mean).square()
-    if (power > 100 * squares).any():
-        squares = _double((x - mean).square_().sum(0))
-    return _double(mean), squares
-
-
 class ChannelSums:
-    """Mean and variance of every channel over the samples that are added, merged batch by batch in double precision."""
+    """Mean and variance of every channel over the samples that are added, in double precision."""
 
     def __init__(self):
         self.count = 0
-        self._parts: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}  # mean, squares, order
+        self._parts: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}  # Σ x, Σ x², order
 
-    def add(self, samples: Samples) -> None:
-        """Samples of D channels."""
+    def add(self, samples: Samples, squares: dict[str, Tensor] | None = None) -> None:
+        """Samples of D channels; squares: what `ProductSum.add` returned for them, if it was called."""
         count = len(samples)
         for name, x, order in samples.parts():
-            mean, squares = _mean_and_squares(x)
+            total, power = _sum_and_squares(x, None if squares is None else squares[name])
             if self.count:
-                old, old_squares, _ = self._parts[name]
-                shift = mean - old
-                squares = old_squares + squares + shift.square() * (self.count * count / (self.count + count))
-                mean = old + shift * (count / (self.count + count))
-            self._parts[name] = mean, squares, order
+                total += self._parts[name][0]
+                power += self._parts[name][1]
+            self._parts[name] = total, power, order
         self.count += count
 
     @property
     def mean(self) -> Tensor:
         """E[φ]. # (D,) float64, or complex128"""
-        real = self._full("r", 0)
-        return torch.complex(real, self._full("i", 0)) if "i" in self._parts else real
+        real = self._mean("r")
+        return torch.complex(real, self._mean("i")) if "i" in self._parts else real
 
     @property
     def var(self) -> Tensor:
         """E|φ - E[φ]|², biased. # (D,) float64"""
-        squares = self._full("r", 1)
-        return (squares + self._full("i", 1) if "i" in self._parts else squares) / self.count
+        return self._var("r") + self._var("i") if "i" in self._parts else self._var("r")
 
-    def _full(self, name, which):
-        values, order = self._parts[name][which], self._parts[name][2]
+    def _mean(self, name):
+        return self._full(name, self._parts[name][0] / self.count)
+
+    def _var(self, name):
+        total, power, _ = self._parts[name]
+        return self._full(name, (power / self.count - (total / self.count).square()).clamp(min=0))
+
+    def _full(self, name, values):
+        order = self._parts[name][2]
         values = values if order is None else values[order.to(values.device)]
         return torch.cat([values, values.new_zeros(len(self._parts["r"][0]) - len(values))])
+
+
+def _sum_and_squares(x, power):
+    """Σ x and Σ x² (`power`, if known) of every channel of real samples (n, D), in double precision, such that the
+    variance keeps its digits: where Σ (x - mean)² is a small part of Σ x², it is summed, and the mean's part added."""
+    total = _double(x.sum(0))
+    power = _double(x.square().sum(0)) if power is None else power
+    mean = total / len(x)
+    of_mean = total * mean
+    if (of_mean > 0.99 * power).any():
+        power = _double((x - mean.to(x)).square_().sum(0)) + of_mean
+    return total, power
 
 
 def affine_of(norm: nn.Module | None) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
