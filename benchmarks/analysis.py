@@ -58,6 +58,13 @@ def seconds(action):
     return time.process_time() - start, result
 
 
+def random_images(count, batch_size):
+    """Batches (images, labels) of CIFAR's shape."""
+    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = images.to(memory_format=torch.channels_last)
+    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(batch_size)]
+
+
 def forward(networks, data):
     """Runs networks over all images."""
     with evaluating(*networks):
@@ -127,9 +134,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(args.images, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
-    data = [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(args.batch_size)]
+    data = random_images(args.images, args.batch_size)
     makers = {kind: lambda seed, kind=kind: scattering(kind, args.width, seed) for kind in KINDS}
     makers["ResNet-18"] = lambda seed: resnet(args.width, seed)
     print(f"{args.images} images of 32×32, width {args.width:g}, {args.threads} threads, medians of {args.repeats}")
