@@ -237,6 +237,18 @@ def test_complex_products_come_from_real_ones(first, second):
         torch.testing.assert_close(real.total(), expected.real, atol=1e-4, rtol=1e-5)
 
 
+def test_products_of_more_samples_than_are_summed_at_once():
+    """In pieces that hold more samples the fewer the channels, alike in both factors."""
+    a, b, product = torch.randn(100_000, 2), torch.randn(100_000, 5), ProductSum()
+    product.add(Samples.of(a), Samples.of(b))
+    torch.testing.assert_close(product.total(), a.double().T @ b.double(), rtol=1e-4, atol=1e-2)
+    symmetric, sums = ProductSum(), ChannelSums()
+    squares = symmetric.add(Samples.of(a))
+    sums.add(Samples.of(a), squares)
+    torch.testing.assert_close(symmetric.total(), a.double().T @ a.double(), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(sums.var, a.double().var(0, correction=0), rtol=1e-5, atol=0)
+
+
 def test_a_blocks_columns_are_its_features():
     for arch, psi in (("Fw Std Pr N", "mod"), ("Fw rho Pc N", "")):
         block = scatnet(arch, psi).blocks[0]

@@ -183,9 +183,9 @@ class Patches:
         """Bytes of what they are made from."""
         return self.padded.nbytes
 
-    def clone(self) -> Patches:
-        """The same in memory of its own."""
-        return Patches(self.layer, self.padded.clone(), Workspace())
+    def clone(self) -> Samples:
+        """All of them, in memory of their own."""
+        return Samples(torch.cat([piece.real.clone() for piece in self.pieces()]), real_order=self.layer.patch_order)
 
     def pieces(self) -> Iterator[Samples]:
         """Some images' at a time, about ROWS_AT_ONCE samples; the next piece overwrites the one before."""
@@ -411,10 +411,10 @@ class _Stream:
     def _check_finite(self, result):
         for i, layers in enumerate(self.layers):
             for k, layer in enumerate(layers):
-                auto = result.arrays.get(f"auto_{i}_{k}")
-                vectors = [result.arrays.get(f"{kind}_{i}_{k}") for kind in ("mean", "var")]
-                for vector in [None if auto is None else auto.diagonal(), *vectors]:  # no other entry is larger
-                    if vector is not None and not torch.isfinite(vector).all():
+                keys = [f"{kind}_{i}_{k}" for kind in ("auto", "mean", "var")]
+                for array in [result.arrays[key] for key in keys if key in result.arrays]:
+                    largest = array.diagonal() if array.ndim == 2 else array
+                    if not torch.isfinite(largest).all():
                         raise UserError(f"activations at layer {layer.name} are not finite (NaN or infinite)")
 
 

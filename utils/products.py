@@ -84,12 +84,9 @@ class Samples:
         imaginary = None if self.imaginary is None else self.imaginary.clone()
         return replace(self, real=self.real.clone(), imaginary=imaginary)
 
-    def pieces(self) -> Iterator[Samples]:
-        """The same, ROWS_AT_ONCE samples at a time, or as many as make NUMBERS_AT_ONCE."""
-        rows = max(ROWS_AT_ONCE, NUMBERS_AT_ONCE // self.real.shape[1])
-        if len(self) <= rows:
-            yield self
-            return
+    def pieces(self, rows: int | None = None) -> Iterator[Samples]:
+        """The same, so many samples at a time: ROWS_AT_ONCE, or as many as make NUMBERS_AT_ONCE."""
+        rows = rows or max(ROWS_AT_ONCE, NUMBERS_AT_ONCE // self.real.shape[1])
         for start in range(0, len(self), rows):
             real, imaginary = (None if part is None else part[start : start + rows]
                                for part in (self.real, self.imaginary))
@@ -121,7 +118,7 @@ class ProductSum:
         Returns Σ x² of the columns of each part of a symmetric product, its diagonal, for `ChannelSums`. # (D,) float64
         """
         if b is not None:
-            for left, right in zip(a.pieces(), b.pieces()):
+            for left, right in zip(a.pieces(ROWS_AT_ONCE), b.pieces(ROWS_AT_ONCE)):
                 self._add(left, right)
             return {}
         before = {name: self._sums[name * 2].diagonal().clone() for name in "ri" if name * 2 in self._sums}
