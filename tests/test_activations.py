@@ -278,6 +278,20 @@ def test_sums_keep_the_digits_that_single_precision_loses():
     assert channels.var.item() == 0 and channels.count == 300_000
 
 
+def test_a_constant_channel_has_no_variance_and_a_nearly_constant_one_has_its_own():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(200, generator=generator) * torch.logspace(-10, 10, 200)
+    noise = 1e-3 * torch.randn(3001, 200, generator=generator)
+    sums, nearly = ChannelSums(), ChannelSums()
+    for part in noise.split(1000):
+        rows = values.expand(len(part), -1)
+        sums.add(Samples.of(torch.nextafter(rows, rows + part)))
+        nearly.add(Samples.of(rows + values * part))
+    assert (sums.var == 0).all()
+    expected = (values + values * noise).double().var(0, correction=0)
+    torch.testing.assert_close(nearly.var, expected, rtol=1e-5, atol=0)
+
+
 def test_a_network_runs_no_further_than_asked_and_stays_as_it_was():
     network, calls = cnn().train(), []
     network[3].register_forward_hook(lambda *_: calls.append(1))

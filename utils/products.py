@@ -17,6 +17,7 @@ from models.standardization import EPSILON, Standardization
 
 ROWS_AT_ONCE = 8192  # samples summed in single precision, or more where that are few numbers
 NUMBERS_AT_ONCE = 1 << 18
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # a channel that varies less, relative to its mean, is constant
 SMALL_MATRIX = 256  # channels below which half a symmetric product saves nothing
 
 
@@ -210,7 +211,7 @@ class ChannelSums:
 
     @property
     def var(self) -> Tensor:
-        """E|φ - E[φ]|², biased. # (D,) float64"""
+        """E|φ - E[φ]|², biased; exactly 0 for a channel that is constant but for rounding. # (D,) float64"""
         return self._var("r") + self._var("i") if "i" in self._parts else self._var("r")
 
     def _mean(self, name):
@@ -218,7 +219,10 @@ class ChannelSums:
 
     def _var(self, name):
         total, power, _ = self._parts[name]
-        return self._full(name, (power / self.count - (total / self.count).square()).clamp(min=0))
+        square_of_mean = (total / self.count).square()
+        var = power / self.count - square_of_mean
+        constant = var <= ROUNDING**2 * square_of_mean
+        return self._full(name, var.masked_fill(constant, 0))
 
     def _full(self, name, values):
         order = self._parts[name][2]
