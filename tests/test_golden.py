@@ -83,5 +83,6 @@ def test_training_losses(golden, name):
     assert exact == pytest.approx(golden(name)["train_losses"], rel=1e-3)
     for fast in (True, False):
         ours = losses(*load(golden, name, "init_state_dict"), fast)
+        assert ours == pytest.approx(exact, rel=1e-3)
         for loss, theirs, true in zip(ours, golden(name)["train_losses"], exact, strict=True):
             assert loss == pytest.approx(theirs, rel=1e-3 + abs(theirs / true - 1))
