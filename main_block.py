@@ -10,14 +10,16 @@ from importlib import metadata
 import torch
 
 import models
-from utils import distributed, options
-from utils.checkpoints import RunFolder, find_checkpoint, load, load_weights, write_json
-from utils.datasets import load_datasets
+from utils.data.datasets import load_datasets
 from utils.device import describe_device
 from utils.errors import StoppedError, UserError, as_user_error, run_main
+from utils.files import write_json
 from utils.lock import Lock
-from utils.runlog import RunLog
-from utils.training import Training
+from utils.runs import options
+from utils.runs import ranks as distributed
+from utils.runs.checkpoints import RunFolder, find_checkpoint, load, load_weights
+from utils.runs.log import RunLog
+from utils.runs.training import Training
 
 # Options that say where and how far a run goes; a run that goes on may change them, but no others.
 FREE = frozenset("dir checkpoints overwrite evaluate epochs print_freq tensorboard data data_dir bad_images workers "

@@ -18,18 +18,19 @@ from tqdm import tqdm
 
 import models
 from models.signal import Signal
-from utils import options
-from utils.activations import digest
-from utils.alignment import MeanNetwork
-from utils.checkpoints import RunFolder, atomic_write, checkpoint_of, load_network, read_json, save, write_json
-from utils.datasets import load_datasets
+from rainbow.alignment import MeanNetwork
+from rainbow.layers import device_of, weight_layers
+from rainbow.moments import digest
+from rainbow.sampling import METHODS, RainbowSampler
+from rainbow.widths import checked_widths
+from utils.data.datasets import load_datasets
 from utils.device import describe_device, pick_device
 from utils.errors import UserError, as_user_error, run_main
-from utils.layers import device_of, weight_layers
+from utils.files import atomic_write, read_json, write_json
 from utils.lock import Lock
-from utils.resampling import METHODS, RainbowSampler
-from utils.resizing import checked_widths
-from utils.runlog import RunLog
+from utils.runs import options
+from utils.runs.checkpoints import RunFolder, checkpoint_of, load_network, save
+from utils.runs.log import RunLog
 
 TOLERANCE = 2.0  # percent, between machines and precisions
 COLUMNS = ("repeat", "layer", "acc1", "acc5")

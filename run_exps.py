@@ -13,8 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import cluster, experiments, processes, progress, runner
 from utils.errors import UserError, run_main
+from utils.experiments import cluster, processes, runner
+from utils.experiments import registry as experiments
+from utils.experiments import status as progress
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -24,11 +24,11 @@ from models.block import BlockConfig  # noqa: E402
 from models.scatnet import ScatNet, ScatNetConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
 from models.standard import StandardConfig, build_standard  # noqa: E402
-from utils.activations import moments, stream_samples  # noqa: E402
-from utils.alignment import MeanNetwork  # noqa: E402
-from utils.layers import evaluating, weight_layers  # noqa: E402
-from utils.products import triangle  # noqa: E402
-from utils.resampling import RainbowSampler  # noqa: E402
+from rainbow.alignment import MeanNetwork  # noqa: E402
+from rainbow.layers import evaluating, weight_layers  # noqa: E402
+from rainbow.moments import moments, stream_samples  # noqa: E402
+from rainbow.samples import triangle  # noqa: E402
+from rainbow.sampling import RainbowSampler  # noqa: E402
 
 WIDTHS = (64, 128, 256, 512, 512, 512, 512, 512)
 KINDS = {"modulus": ("Fw Std Pr N", "mod"), "skip": ("Fw rho Std Pr N", ""), "complex skip": ("Fw rho Std Pc N", "")}

@@ -24,7 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.datasets import load_datasets  # noqa: E402
+from utils.data.datasets import load_datasets  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 CLASSES = 50
@@ -123,7 +123,7 @@ def read(args, folder, bad):
     options = {"grayscale": False, "data_subset": None, "classes_subset": None, "randomize_labels": None}
     images = load_datasets(Namespace(dataset="imagenet", data=folder, resize_images=args.size, **options)).train
     names = Names()
-    log = logging.getLogger("utils.batches")
+    log = logging.getLogger("utils.data.batches")
     log.addHandler(names)
     log.propagate = False
     good = args.images - len(bad)

@@ -18,8 +18,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.batches import MemorySet  # noqa: E402
-from utils.datasets import COLOR, PADDING  # noqa: E402
+from utils.data.batches import MemorySet  # noqa: E402
+from utils.data.datasets import COLOR, PADDING  # noqa: E402
 
 
 class PilImages(Dataset):

@@ -28,8 +28,8 @@ from models import build  # noqa: E402
 from models.block import BlockConfig  # noqa: E402
 from models.scatnet import ScatNetConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
-from utils.datasets import load_datasets  # noqa: E402
-from utils.options import parse  # noqa: E402
+from utils.data.datasets import load_datasets  # noqa: E402
+from utils.runs.options import parse  # noqa: E402
 
 NORM, SKIP, COMPLEX = ("Fw", "Std", "Pr", "N"), ("Fw", "rho", "Std", "Pr", "N"), ("Fw", "rho", "Std", "Pc")
 CIFAR_WIDTHS = (64, 128, 256, 512, 512, 512, 512, 512)

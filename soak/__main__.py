@@ -11,7 +11,7 @@ from pathlib import Path
 
 from soak import disks, divergence, hostile, kills, load, locks, ranks
 from soak.trial import Trial
-from utils.processes import warm_up
+from utils.experiments.processes import warm_up
 
 CHECKS = {
     "training-killed": kills.training_killed, "sampling-killed": kills.sampling_killed,

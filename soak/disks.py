@@ -5,7 +5,7 @@ import re
 import shutil
 
 from soak.programs import FOLDER, Program, experiments, run, sampling, training, wait_for
-from utils.checkpoints import RunFolder
+from utils.runs.checkpoints import RunFolder
 
 
 def full(trial):

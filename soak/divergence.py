@@ -4,7 +4,7 @@ import re
 import torch
 
 from soak.programs import RESNET, run, training
-from utils.checkpoints import RunFolder, load, save
+from utils.runs.checkpoints import RunFolder, load, save
 
 WHERE = re.compile(r"epoch \d+, step \d+ of \d+: the loss is not a finite number")
 

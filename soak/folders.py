@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoints import load
 from utils.errors import UserError
+from utils.runs.checkpoints import load
 
 TIMES = {"images_per_second"}
 PLACES = {"dir", "checkpoints"}

@@ -4,7 +4,7 @@ import signal
 import time
 
 from soak.programs import Program, experiments, run, sampling, training, wait_for
-from utils.checkpoints import RunFolder
+from utils.runs.checkpoints import RunFolder
 
 
 def training_killed(trial):

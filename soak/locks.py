@@ -1,7 +1,7 @@
 """Two at once on one folder: one holds it, the others are told who."""
 from soak.programs import Program, run, sampling, training, wait_for
-from utils.checkpoints import RunFolder
 from utils.lock import Lock
+from utils.runs.checkpoints import RunFolder
 
 
 def two_at_once(trial, races=6, starts=3):

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.processes import start_fresh, start_warm
+from utils.experiments.processes import start_fresh, start_warm
 
 FOLDER = Path(__file__).resolve().parents[1]
 PATIENCE = 900  # seconds after which a program that does not end has failed

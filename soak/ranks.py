@@ -2,7 +2,7 @@
 import signal
 
 from soak.programs import RESNET, Program, run, training, wait_for
-from utils.checkpoints import RunFolder
+from utils.runs.checkpoints import RunFolder
 
 TOLERANCE = 1e-4
 

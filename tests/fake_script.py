@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from utils.errors import StoppedError, UserError, run_main
-from utils.experiments import flags_of
+from utils.experiments.registry import flags_of
 from utils.lock import Lock
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import main_block
-from tests.runs import command, is_same, train, without_times
+from tests.conftest import ROOT
+from tests.training_runs import command, is_same, train, without_times
 from utils import device
-from utils.checkpoints import RunFolder, load
 from utils.errors import UserError, run_main
+from utils.runs.checkpoints import RunFolder, load
 
-ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 

@@ -7,19 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import main_block
 import resample
-from utils.alignment import Alignment
-from utils.checkpoints import RunFolder, load, load_network, save
-from utils.datasets import load_datasets
+from rainbow.alignment import Alignment
+from tests.conftest import ROOT
+from utils.data.datasets import load_datasets
 from utils.errors import UserError
+from utils.runs.checkpoints import RunFolder, load, load_network, save
 
-ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (16, 32, 64, 64)
 RECIPE = ("--digits --epochs 6 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 32 --wd 0 --psi-arch mod "
           "--n-blocks 4 --factorize-filters 0 --scattering-wph 1 --scat-angles 4 --classifier-batch-norm std "

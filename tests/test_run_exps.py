@@ -11,26 +11,22 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from utils import experiments as registry
-from utils.progress import work
-from utils.runner import longest_first
+from tests.conftest import ROOT
+from utils.experiments import registry
+from utils.experiments.runner import longest_first
+from utils.experiments.status import work
 
-ROOT = Path(__file__).parents[1]
-MODULES = ("__init__", "errors", "lock", "experiments", "progress", "processes", "runner", "cluster")
 NARROWEST = "^(?=.*WP2WP4WP8WP8-norm)(?!.*-init)"
 TWO_WIDTHS = "^(?=.*WP[24]WP.*-norm)(?!.*-init)"
 
 
 @pytest.fixture
 def repository(tmp_path):
-    (tmp_path / "utils").mkdir()
     shutil.copy(ROOT / "run_exps.py", tmp_path)
-    for module in MODULES:
-        shutil.copy(ROOT / "utils" / f"{module}.py", tmp_path / "utils")
+    shutil.copytree(ROOT / "utils", tmp_path / "utils")
     for script in ("main_block.py", "resample.py"):
         shutil.copy(ROOT / "tests" / "fake_script.py", tmp_path / script)
     return tmp_path

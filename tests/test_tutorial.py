@@ -2,7 +2,6 @@
 import ast
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 from nbclient import NotebookClient
 
 import tutorial_lib as lib
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = {"MLP": (lib.MLP, (24, 16)), "CNN": (lib.CNN, (6, 8))}
 on_cpu = pytest.mark.skipif(lib.pick_device().type != "cpu", reason="compares tensors bit by bit on the CPU")
 
@@ -306,10 +305,10 @@ def small_loader(data):
 
 
 def test_covariances_and_alignments_equal_those_of_utils(pair, data):
-    from utils.activations import moments
-    from utils.alignment import Alignment, alignment_error, transport
-    from utils.covariance import WeightCovariance
-    from utils.layers import weight_layers
+    from rainbow.alignment import Alignment, alignment_error, transport
+    from rainbow.covariance import WeightCovariance
+    from rainbow.layers import weight_layers
+    from rainbow.moments import moments
 
     a, b = pair
     loader, x = small_loader(data), data.x_train[:600]
@@ -332,8 +331,8 @@ def test_covariances_and_alignments_equal_those_of_utils(pair, data):
 
 
 def test_clipping_equals_that_of_utils(pair, data):
-    from utils.clipping import clipped_accuracies
-    from utils.layers import weight_layers
+    from rainbow.clipping import clipped_accuracies
+    from rainbow.layers import weight_layers
 
     a, loader = pair[0], small_loader(data)
     lib.train(a, data, epochs=2, lr=0.05, batch_size=32)
@@ -347,8 +346,8 @@ def test_clipping_equals_that_of_utils(pair, data):
 
 
 def test_digits_are_those_of_utils(data):
-    from utils.datasets import load_datasets
-    from utils.options import parse
+    from utils.data.datasets import load_datasets
+    from utils.runs.options import parse
 
     network = "--psi-arch mod --n-blocks 1 --Pr-size 8 --scat-angles 4 --dir unused".split()
     sets = load_datasets(parse(["--digits", "-a", "Fw Std Pr N", *network]))

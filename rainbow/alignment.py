@@ -1,0 +1,248 @@
+"""Alignment of networks: orthogonal Procrustes, mean networks, alignment errors (paper, section 2).
+
+With K = E[φ_a φ_b^H] (D_a, D_b) at a layer and K = U S V^H, A = U V^H is the (partial) isometry that brings a's
+activations nearest to b's. Weights W_a (N, D_a·k²) go into b's space as W_a A, on the channel axis; activations with
+rows as samples as φ_a Ā, which is φ_a A for real ones. Layers with real weights have real A, from the real part of K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rainbow.covariance import to_double
+from rainbow.layers import Layer, evaluating, first_images
+from rainbow.moments import Moments, moments, resolve_layers, stream_inputs
+from rainbow.samples import ChannelSums, ProductSum, Samples, accumulation_device
+from utils.errors import UserError
+
+SAME = 1e-5  # least distance from 1 of a correlation that tells two channels apart
+
+
+def align(K: Tensor, complex_values: bool = False) -> Tensor:
+    """A = U V^H for K = U S V^H, in double precision; of the real part of K unless `complex_values`. # (D_a, D_b)
+
+    Where D_a ≠ D_b, A is a partial isometry: its shorter side is orthonormal. Raises UserError if K is not finite.
+    """
+    K = to_double(K)
+    if K.is_complex() and not complex_values:
+        K = K.real
+    if K.ndim != 2 or not torch.isfinite(K.abs()).all():
+        raise UserError(f"cannot align: the cross-covariance of shape {tuple(K.shape)} is not a finite matrix")
+    u, _, vh = torch.linalg.svd(K, full_matrices=False)
+    return u @ vh
+
+
+def transport(weights: Tensor, A: Tensor) -> Tensor:
+    """W A on the channel axis of weights (N, D_a·k²), channel first, for A (D_a, D_b). # (N, D_b·k²)
+
+    Raises UserError if the shapes do not fit.
+    """
+    channels = A.shape[0]
+    if weights.ndim != 2 or weights.shape[1] % channels:
+        raise UserError(f"weights of shape {tuple(weights.shape)} do not fit an alignment of {channels} channels")
+    weights, A = to_double(weights), to_double(A)
+    dtype = torch.promote_types(weights.dtype, A.dtype)
+    kernels = weights.to(dtype).unflatten(1, (channels, -1))  # (N, D_a, k²)
+    return torch.einsum("nck,cd->ndk", kernels, A.to(device=kernels.device, dtype=dtype)).flatten(1)
+
+
+def alignment_error(A: Tensor, K: Tensor, aa: float, bb: float) -> float:
+    """2 (1 - ab / √(aa·bb)) with ab = Re E⟨φ_a A, φ_b⟩ = Re ⟨A, K⟩, aa = E‖φ_a‖², bb = E‖φ_b‖².
+
+    0 for a perfect alignment, 2 for activations that have nothing in common. A factor 1/√D on activations cancels.
+    """
+    if aa == 0 or bb == 0:
+        return 0.0 if aa == bb else 2.0
+    ab = (A.conj() * K).sum().real.item()
+    return max(2 * (1 - ab / math.sqrt(aa * bb)), 0.0)  # rounding may leave -1e-7
+
+
+def is_same_input(moments: Moments, i: int, j: int, layer: int) -> bool:
+    """Whether each channel of network i is that of network j up to offset and scale: the alignment is the identity.
+
+    So it is at the first layer of networks with the same wavelets, or of a network with itself.
+    """
+    if moments.mean(i, layer).shape != moments.mean(j, layer).shape:
+        return False
+    product = moments.cross(i, j, layer).diagonal() - moments.mean(i, layer) * moments.mean(j, layer).conj()
+    scale = (moments.var(i, layer) * moments.var(j, layer)).sqrt()
+    tiny = torch.finfo(torch.float32).eps * scale.max()
+    dead = (moments.var(i, layer) <= tiny) & (moments.var(j, layer) <= tiny)
+    return bool((dead | (product.real >= (1 - SAME) * scale)).all())
+
+
+def align_networks(moments: Moments, i: int, j: int, layer: int) -> Tensor:
+    """A from network i to network j at a layer: `align`, or the identity for the same fixed input. # (D_i, D_j)"""
+    K = moments.cross(i, j, layer)
+    if is_same_input(moments, i, j, layer):
+        return torch.eye(len(K), dtype=torch.float64, device=K.device)
+    return align(K, moments.complex_weights[layer])
+
+
+class Alignment:
+    """Rotations A_j of network a's layers into b's: fitted on one data set, scored on another.
+
+    standardize: activations are brought to mean 0 and variance 1 per channel (of the set fitted on) before.
+    matrices: the A_j (D_a, D_b), float64, by the position of the layer; names: of a's layers.
+    """
+
+    def __init__(self, standardize: bool = False):
+        self.standardize = standardize
+        self.matrices: list[Tensor] = []
+        self.names: list[str] = []
+
+    def fit(self, a: nn.Module, b: nn.Module, loader: Iterable, layers=None, **options) -> Alignment:
+        """Aligns a to b over images; layers and options as for `activations.moments`, and errors too."""
+        return self.fit_moments(moments([a, b], layers, loader, auto=False, cross=[(0, 1)], **options), 0, 1)
+
+    def fit_moments(self, found: Moments, i: int, j: int) -> Alignment:
+        """The same for networks i and j of moments that are already there, with means and the pair (i, j)."""
+        self.names = found.names[i]
+        layers = range(len(self.names))
+        self._statistics = [[(found.mean(n, k), found.var(n, k)) for n in (i, j)] for k in layers]
+        self.matrices = []
+        for k in layers:
+            if not self.standardize or is_same_input(found, i, j, k):
+                self.matrices.append(align_networks(found, i, j, k))
+            else:
+                self.matrices.append(align(self._products(found, i, j, k)[0], found.complex_weights[k]))
+        return self
+
+    def transform(self, layer: int | str, weights: Tensor) -> Tensor:
+        """W_a A in b's space, for weights (N, D_a·k²) of a layer. # (N, D_b·k²)"""
+        return transport(weights, self.matrices[self._position(layer)])
+
+    def score(self, a: nn.Module, b: nn.Module, loader: Iterable, layers=None, **options) -> list[float]:
+        """The alignment error of every layer over other images (`alignment_error`)."""
+        found = moments([a, b], layers or self.names, loader, auto=False, cross=[(0, 1)], **options)
+        return self.score_moments(found, 0, 1)
+
+    def score_moments(self, found: Moments, i: int, j: int) -> list[float]:
+        """The same from moments of networks i and j."""
+        if len(found.names[i]) != len(self.matrices):
+            raise UserError(f"fitted on {len(self.matrices)} layers, asked to score {len(found.names[i])}")
+        return [alignment_error(A, *self._products(found, i, j, k)) for k, A in enumerate(self.matrices)]
+
+    def _position(self, layer):
+        if not self.matrices:
+            raise UserError("this alignment was not fitted yet")
+        return self.names.index(layer) if layer in self.names else range(len(self.matrices))[layer]
+
+    def _products(self, found, i, j, k):
+        """K, E‖φ_a‖² and E‖φ_b‖², of activations standardised with the statistics fitted on where asked."""
+        K = found.cross(i, j, k)
+        if not self.standardize:
+            return K, found.energy(i, k), found.energy(j, k)
+        shifts, scales, energies = [], [], []
+        for n, (mean, var) in zip((i, j), self._statistics[k]):
+            scale = torch.where(var > 0, var.rsqrt(), 0)
+            offset = found.mean(n, k) - mean
+            shifts.append(mean)
+            scales.append(scale)
+            energies.append(((found.var(n, k) + offset.abs().square()) * scale.square()).sum().item())
+        (m_a, m_b), (mean_a, mean_b) = shifts, (found.mean(i, k), found.mean(j, k))
+        shift = torch.outer(m_a, mean_b.conj()) + torch.outer(mean_a - m_a, m_b.conj())
+        K = K - (shift if K.is_complex() else shift.real)
+        return K * scales[0][:, None] * scales[1], *energies
+
+
+class MeanNetwork:
+    """The average of n networks, each aligned to it layer by layer (generalised Procrustes); one network is its own.
+
+    networks, layers: the networks and their `Layer`s, layers[i][k]; alignments[i][k]: (D_i, D), from network i into the
+    common space, that of the first network; unexplained[t][k]: the share of the networks' variance at layer k that the
+    target of iteration t (the first network, then the average before) leaves, Σ_i E‖φ_i A_i - target‖² / Σ_i E‖φ_i‖².
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], layers: Sequence[Sequence[Layer]],
+                 alignments: Sequence[Sequence[Tensor]], unexplained: Sequence[Sequence[float]]):
+        self.networks, self.layers = list(networks), [list(each) for each in layers]
+        self.alignments, self.unexplained = [list(each) for each in alignments], [list(u) for u in unexplained]
+
+    @classmethod
+    def fit(cls, networks: Sequence[nn.Module], loader: Iterable = (), *, layers=None, num_iters: int = 2,
+            device: torch.device | None = None) -> MeanNetwork:
+        """Aligns n networks to the first, then num_iters times to their average.
+
+        Reads the loader 1 + num_iters times (once, for one batch, if there is one network). Layers, device and errors
+        as for `activations.moments`.
+        """
+        networks = list(networks)
+        chosen, device = resolve_layers(networks, layers, loader, device)
+        identity = [torch.eye(layer.channels, dtype=torch.float64, device=accumulation_device(device))
+                    for layer in chosen[0]]
+        if len(networks) == 1:
+            return cls(networks, chosen, [identity], [[0.0] * len(identity)])
+        first = moments(networks, chosen, loader, auto=False, cross=0, device=device)
+        places, others = range(len(identity)), range(1, len(networks))
+        energies = [[first.energy(i, k) for k in places] for i in range(len(networks))]
+        alignments = [identity] + [[align_networks(first, i, 0, k) for k in places] for i in others]
+        inner = [energies[0]] + [[_inner(alignments[i][k], first.cross(i, 0, k)) for k in places] for i in others]
+        result = cls(networks, chosen, alignments, [])
+        result._note(energies, [energies[0]] * len(networks), inner)
+        fixed = [all(is_same_input(first, i, 0, k) for i in others) for k in places]
+        for _ in range(num_iters):
+            result._iterate(loader, device, fixed, energies)
+        return result
+
+    def aligned_weights(self, layer: int) -> Iterator[Tensor]:
+        """W_i A_i of every network at a layer, by position. # (N_i, D·k²) each, float64 or complex128"""
+        for layers, alignments in zip(self.layers, self.alignments):
+            yield transport(layers[layer].get(), alignments[layer])
+
+    def average(self, layer: int, samples: Sequence[Tensor]) -> Tensor:
+        """(1/n) Σ_i φ_i Ā_i of samples (m, D_i) of every network at a layer. # (m, D)"""
+        if len(samples) == 1:
+            return samples[0]
+        rotated = [phi @ alignments[layer].conj().to(device=phi.device, dtype=phi.dtype)
+                   for phi, alignments in zip(samples, self.alignments)]
+        return torch.stack(rotated).mean(0)
+
+    def _iterate(self, loader, device, fixed, energies):
+        """One more alignment of every network to the average, at the layers that are not fixed."""
+        places, numbers = range(len(fixed)), range(len(self.networks))
+        products = [[ProductSum(self.layers[0][k].is_complex) for k in places] for _ in numbers]
+        averages = [ChannelSums() for _ in places]
+        with evaluating(*self.networks):
+            for batch in loader:
+                for images in first_images(batch).to(device).chunk(len(self.networks)):
+                    self._add(images, products, averages)
+        target = [(sums.var + sums.mean.abs().square()).sum().item() for sums in averages]
+        inner = []
+        for i in numbers:
+            K = [products[i][k].total() / averages[k].count for k in places]
+            self.alignments[i] = [self.alignments[i][k] if fixed[k] else align(K[k], self.layers[0][k].is_complex)
+                                  for k in places]
+            inner.append([_inner(self.alignments[i][k], K[k]) for k in places])
+        self._note(energies, [target] * len(self.networks), inner)
+
+    def _add(self, images, products, averages):
+        """Adds a chunk of images: as many networks at once take the memory of one on a whole batch."""
+        held = [[None] * len(layers) for layers in self.layers]
+        for i, (network, layers) in enumerate(zip(self.networks, self.layers)):
+            def receive(k, x, i=i, layers=layers):
+                held[i][k] = layers[k].samples(x).clone()
+            stream_inputs(network, layers, images, receive)
+        for k in range(len(self.layers[0])):
+            samples = [each[k] for each in held]
+            average = Samples.of(self.average(k, samples))
+            averages[k].add(average)
+            for i, phi in enumerate(samples):
+                products[i][k].add(Samples.of(phi), average)
+
+    def _note(self, energies, targets, inner):
+        """Adds a line to `unexplained`: E‖φ A - t‖² = E‖φ‖² + E‖t‖² - 2 Re⟨A, K⟩."""
+        line = []
+        for k in range(len(self.layers[0])):
+            total = sum(energy[k] for energy in energies)
+            left = sum(e[k] + t[k] - 2 * ab[k] for e, t, ab in zip(energies, targets, inner))
+            line.append(max(left, 0.0) / total if total else 0.0)
+        self.unexplained.append(line)
+
+
+def _inner(A, K):
+    return (A.conj() * K).sum().real.item()

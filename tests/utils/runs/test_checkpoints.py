@@ -1,0 +1,311 @@
+"""Run folders: nothing damaged, foreign or hostile is taken for a checkpoint, and nothing is lost by a failed write."""
+import json
+import os
+import pickle
+import random
+import resource
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import models
+from models.signal import Signal
+from utils import lock
+from utils.errors import UserError, WriteError
+from utils.lock import Lock, process_start
+from utils.runs import checkpoints, options
+from utils.runs.checkpoints import RunFolder, load, load_network, load_weights, save
+
+ARGV = "--digits --dir run --n-blocks 2 --scat-angles 4 --psi-arch mod --Pr-size 4 -a".split() + ["Fw Std Pr N"]
+
+
+@pytest.fixture
+def args():
+    args = options.parse(ARGV, {})
+    args.input_shape, args.num_classes = [1, 8, 8], 10
+    return args
+
+
+@pytest.fixture
+def network(args):
+    torch.manual_seed(0)
+    return models.build(options.network_config(args, Signal(1, 8, 8), 10))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path, "group/run")
+    folder.create()
+    return folder
+
+
+def checkpoint(value, epoch=1):
+    return {"state_dict": {"w": torch.full((50,), float(value))}, "epoch": epoch, "notes": [1, "two", None]}
+
+
+def value_of(loaded):
+    return loaded["state_dict"]["w"][0].item()
+
+
+# What is read
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    save(tmp_path / "file.pt", checkpoint(3))
+    loaded = load(tmp_path / "file.pt")
+    assert value_of(loaded) == 3 and loaded["notes"] == [1, "two", None]
+    assert os.listdir(tmp_path) == ["file.pt"]
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    save(tmp_path / "good.pt", checkpoint(3))
+    content = (tmp_path / "good.pt").read_bytes()
+    refused = 0
+    for position in random.Random(0).sample(range(len(content)), 400):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        (tmp_path / "bad.pt").write_bytes(flipped)
+        try:
+            loaded = load(tmp_path / "bad.pt")
+        except UserError:
+            refused += 1
+        else:  # a bit that means nothing, such as padding
+            assert torch.equal(loaded["state_dict"]["w"], torch.full((50,), 3.0)) and loaded["epoch"] == 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 1000, -1])
+def test_a_truncated_file_is_refused(tmp_path, length):
+    save(tmp_path / "file.pt", checkpoint(3))
+    content = (tmp_path / "file.pt").read_bytes()
+    (tmp_path / "file.pt").write_bytes(content[:length])
+    with pytest.raises(UserError, match=r"file\.pt: damaged or not a checkpoint|file\.pt: refused"):
+        load(tmp_path / "file.pt")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_code_in_a_file_is_never_run(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    write({"state_dict": {"w": Hostile()}}, tmp_path / "file.pt")
+    with pytest.raises(UserError, match="refused"):
+        load(tmp_path / "file.pt")
+    assert os.listdir(tmp_path) == ["file.pt"]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="no state_dict"):
+        load(tmp_path / "list.pt")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load(tmp_path / "missing.pt")
+
+
+# What is written
+
+
+def test_a_full_disk_leaves_everything_as_it_was(folder):
+    folder.save_last(checkpoint(1))
+    folder.save_last(checkpoint(2))
+    before = {file.name: file.read_bytes() for file in folder.path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"last\.pt"):
+            folder.save_last(checkpoint(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
+    folder.save_last(checkpoint(4))
+    assert value_of(folder.checkpoint()) == 4 and value_of(folder.checkpoint("previous")) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK"),
+                                    lambda path: os.truncate(path, 700)])
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(folder, capsys, damage):
+    folder.save_last(checkpoint(1))
+    folder.save_last(checkpoint(2))
+    damage(folder.file("last"))
+    assert value_of(folder.checkpoint()) == 1
+    assert "WARNING" in capsys.readouterr().err
+    folder.recover()
+    assert value_of(load(folder.file("last"))) == 1 and not folder.file("previous").exists()
+
+
+def test_two_damaged_checkpoints_are_an_error_that_removes_nothing(folder):
+    for value in (1, 2):
+        folder.save_last(checkpoint(value))
+    for epoch in ("last", "previous"):
+        folder.file(epoch).write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"previous\.pt"):
+        folder.recover()
+    assert folder.file("last").exists() and folder.file("previous").exists()
+
+
+def test_left_overs_of_killed_processes_are_removed(folder):
+    (folder.path / ".last.pt.123.tmp").touch()
+    folder.save_last(checkpoint(1))
+    folder.clean()
+    assert [file.name for file in folder.path.iterdir()] == ["last.pt"]
+
+
+# Where it is
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/tmp/x", "a/..", "..\\x", "", "a\nb", "C:x"])
+def test_names_cannot_leave_the_folder_of_checkpoints(tmp_path, name):
+    with pytest.raises(UserError):
+        RunFolder(tmp_path, name)
+
+
+def test_epochs_are_listed_and_missing_ones_named(folder):
+    for epoch in (0, 10, 2):
+        save(folder.file(epoch), checkpoint(epoch))
+    assert folder.epochs() == [0, 2, 10]
+    assert value_of(folder.checkpoint(10)) == 10
+    with pytest.raises(UserError, match="0, 2, 10"):
+        folder.checkpoint(5)
+
+
+def test_epochs_kept_are_those_of_the_original():
+    kept = [epoch for epoch in range(501) if checkpoints.is_saved_epoch(epoch)]
+    assert kept == [0, 1, 2, 5, 10, 20, 50, 100, 200, 500]
+
+
+def test_a_network_is_loaded_without_data_or_the_files_it_started_from(tmp_path, folder, args, network):
+    torch.save(torch.eye(5)[:, :3], tmp_path / "vectors.pt")
+    args.P_eigenvectors = [str(tmp_path / "vectors.pt"), None]
+    network = models.build(options.network_config(args, Signal(1, 8, 8), 10)).eval()
+    save(folder.file(3), checkpoints.checkpoint_of(network, args, 3, 50.0))
+    (tmp_path / "vectors.pt").unlink()
+    loaded, loaded_args = load_network(folder, 3)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded(x), network(x)) and loaded_args.Pr_size == [4, 4]
+
+
+def test_weights_of_another_network_are_refused(network):
+    state = network.state_dict()
+    first = "blocks.0.body.Pr.weight"
+    before = state[first].clone()
+    with pytest.raises(UserError, match=f"{first} is 4×6, the network needs 4×5"):
+        load_weights(network, {**state, first: torch.zeros(4, 6)}, "file.pt")
+    with pytest.raises(UserError, match=f"it lacks {first}"):
+        load_weights(network, {key: value for key, value in state.items() if key != first}, "file.pt")
+    with pytest.raises(UserError, match="it has other besides"):
+        load_weights(network, {**state, "other": torch.zeros(1)}, "file.pt")
+    assert torch.equal(network.state_dict()[first], before)
+
+
+@pytest.mark.parametrize("change", [{"arch": None}, {"Pr_size": 3}, {"input_shape": "x"}, {"n_blocks": "2"}])
+def test_arguments_that_describe_no_network_are_an_error(folder, args, network, change):
+    values = checkpoints.checkpoint_of(network, args, 0, 0.0)
+    values["args"].update(change)
+    save(folder.file(0), values)
+    with pytest.raises(UserError, match=r"epoch_0\.pt"):
+        load_network(folder, 0)
+
+
+# The original's files
+
+
+@pytest.mark.parametrize("name", ["J4-norm-fact0-L4", "J4-complex-fact0-L4", "J4-norm-x-idproj",
+                                  "resnet18-w0.125-bnpost-nobias"])
+def test_checkpoints_of_the_original_load_with_and_without_data_parallel(golden, tmp_path, name):
+    data = golden(name)
+    args = options.parse(data["argv"], {})
+    network = models.build(options.network_config(args, Signal(3, 32, 32), data["logits"].shape[1])).eval()
+    states = [data["state_dict"]]
+    if isinstance(args.arch, str):
+        states.append({f"module.{key}": value for key, value in data["state_dict"].items()})
+    for state in states:
+        torch.save({"state_dict": state, "epoch": 3, "arch": "?", "best_acc1": torch.tensor(1.0)}, tmp_path / "o.tar")
+        load_weights(network, checkpoints.load_original(tmp_path / "o.tar", network)["state_dict"], "o.tar")
+        assert (network(data["input"]) - data["logits"]).abs().max() < 1e-4 * data["logits"].std()
+
+
+# One process at a time
+
+
+@pytest.fixture
+def sleeper():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def write_lock(path, pid, **changes):
+    holder = {"pid": pid, "host": socket.gethostname(), "started": process_start(pid), "job": None, "program": "p.py"}
+    path.write_text(json.dumps({**holder, **changes}))
+
+
+def test_a_held_lock_is_refused_and_its_holder_named(tmp_path, sleeper):
+    write_lock(tmp_path / "lock", sleeper.pid)
+    with pytest.raises(UserError, match=rf"p\.py, process {sleeper.pid} on "), Lock(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").exists()
+
+
+def test_the_lock_of_a_dead_process_is_taken_and_given_back(tmp_path, sleeper):
+    write_lock(tmp_path / "lock", sleeper.pid)
+    sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)  # dead, not reaped
+    with Lock(tmp_path / "lock"):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    assert not os.listdir(tmp_path)
+
+
+def test_a_process_number_used_again_does_not_hold_a_lock(tmp_path, sleeper):
+    write_lock(tmp_path / "lock", sleeper.pid, started="long ago")
+    with Lock(tmp_path / "lock"):
+        pass
+
+
+def test_locks_of_other_machines_hold_until_silent_or_restarted_here(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    write_lock(path, 1, host="elsewhere", job="77_0")
+    with pytest.raises(UserError, match="elsewhere"), Lock(path):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with Lock(path):
+        pass
+    monkeypatch.delenv("SLURM_JOB_ID")
+    write_lock(path, 1, host="elsewhere")
+    os.utime(path, (0, 0))
+    with Lock(path):
+        pass
+
+
+def test_what_was_killed_as_it_took_a_lock_is_cleaned_up(tmp_path, sleeper):
+    dead, alive, foreign = (tmp_path / f".lock.{host}.{pid}.tmp" for host, pid in (
+        (socket.gethostname(), 2**30), (socket.gethostname(), sleeper.pid), ("elsewhere", 2**30)))
+    for path in (dead, alive, foreign):
+        path.touch()
+    with Lock(tmp_path / "lock"):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([alive, foreign])
+
+
+def test_a_lock_in_use_shows_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    with Lock(tmp_path / "lock"):
+        os.utime(tmp_path / "lock", (0, 0))
+        for _ in range(500):
+            if os.stat(tmp_path / "lock").st_mtime > 0:
+                break
+            lock.time.sleep(0.01)
+        assert os.stat(tmp_path / "lock").st_mtime > 0
+
+
+def test_an_unreadable_lock_of_a_killed_program_does_not_hold_for_ever(tmp_path):
+    (tmp_path / "lock").write_text("")
+    os.utime(tmp_path / "lock", (0, 0))
+    with Lock(tmp_path / "lock"):
+        pass

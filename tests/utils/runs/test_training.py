@@ -1,0 +1,288 @@
+"""A run is a function of its command: the same seed gives the same bits, whatever interrupts it in between."""
+import csv
+import itertools
+import json
+import math
+import os
+import signal
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import main_block
+import models
+from models.signal import Signal
+from tests.training_runs import NETWORKS, STEPS, command, is_same, train
+from utils.errors import DivergedError, StoppedError, WriteError
+from utils.runs import options, training
+from utils.runs.checkpoints import RunFolder, load
+from utils.runs.log import RunLog
+from utils.runs.ranks import World
+from utils.runs.training import Score, Tally, Training
+
+
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """`interrupt(n, signum)`: the next training gets a signal within its n-th step (from 1)."""
+    step = Training._train_step
+
+    def arrange(number, signum=signal.SIGTERM):
+        count = itertools.count(1)
+
+        def counting(self, images, labels):
+            if next(count) == number:
+                os.kill(os.getpid(), signum)
+            return step(self, images, labels)
+
+        monkeypatch.setattr(Training, "_train_step", counting)
+
+    return arrange
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_run_interrupted_anywhere_ends_in_the_same_bits(network, interrupt):
+    whole = train(network, "whole")
+    for number in (1, 2, STEPS, STEPS + 1, 2 * STEPS + 3) if network in ("norm", "complex") else (STEPS - 1,):
+        interrupt(number)
+        with pytest.raises(StoppedError) as stopped:
+            train(network, f"at{number}")
+        assert stopped.value.exit_status == 143
+        interrupt(0)
+        assert is_same(train(network, f"at{number}"), whole), number
+
+
+@pytest.mark.parametrize("network", ["norm", "frozen", "complex"])
+def test_a_run_continued_after_any_epoch_ends_in_the_same_bits(network):
+    whole = train(network, "whole")
+    for epoch in range(3):
+        name = f"first{epoch}"
+        train(network, name, "--epochs", str(epoch))
+        assert is_same(train(network, name), whole)
+    for file in ("epoch_0.pt", "epoch_1.pt", "epoch_2.pt", "best.pt"):
+        assert is_same(load(f"checkpoints/{name}/{file}"), load(f"checkpoints/whole/{file}"))
+
+
+def test_a_kill_between_two_files_of_an_epoch_changes_nothing(monkeypatch):
+    whole = train("norm", "whole")
+    save_last, calls = RunFolder.save_last, itertools.count()
+
+    def killed_before_the_last_file(self, checkpoint):
+        if next(calls) == 2:
+            raise SystemExit
+        save_last(self, checkpoint)
+
+    monkeypatch.setattr(RunFolder, "save_last", killed_before_the_last_file)
+    with pytest.raises(SystemExit):
+        train("norm", "killed")
+    assert is_same(train("norm", "killed"), whole)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_stopped_while_it_validates_a_run_goes_on_exactly(monkeypatch, number):
+    whole = train("norm", "whole")
+    validate, calls = Training.validate, itertools.count()
+
+    def interrupted(self):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self)
+
+    monkeypatch.setattr(Training, "validate", interrupted)
+    with pytest.raises(StoppedError):
+        train("norm", "stopped")
+    assert is_same(train("norm", "stopped"), whole)
+
+
+def test_the_seed_decides_every_bit():
+    first = train("norm", "a", "--epochs", "1")
+    assert is_same(train("norm", "b", "--epochs", "1"), first)
+    other = train("norm", "c", "--epochs", "1", "--seed", "1")
+    for epoch in (0, 1):
+        a, c = (load(f"checkpoints/{name}/epoch_{epoch}.pt")["state_dict"] for name in "ac")
+        assert not torch.equal(a["blocks.0.body.Pr.weight"], c["blocks.0.body.Pr.weight"])
+    assert other["history"][0]["val_loss"] != first["history"][0]["val_loss"]
+
+
+def test_frozen_projections_stay_and_the_classifier_learns():
+    train("frozen", "run")
+    start, end = (load(f"checkpoints/run/{name}.pt")["state_dict"] for name in ("epoch_0", "last"))
+    assert torch.equal(start["blocks.1.body.Pr.weight"], end["blocks.1.body.Pr.weight"])
+    assert not torch.equal(start["classifier.linear.weight"], end["classifier.linear.weight"])
+    assert not torch.equal(start["blocks.1.body.Std.mean"], end["blocks.1.body.Std.mean"])
+
+
+@pytest.mark.parametrize("name", ["J4-norm-fact0-L4", "J4-complex-fact0-L4"])
+def test_training_steps_give_the_losses_of_the_original(golden, name):
+    data = golden(name)
+    args = options.parse([*data["argv"], "--device", "cpu"], {})
+    network = models.build(options.network_config(args, Signal(3, 32, 32), 10))
+    main_block.load_weights(network, data["init_state_dict"], name)
+    sets = types.SimpleNamespace(train=range(8), val=range(8))
+    run = Training(network.train(), sets, args, World(torch.device("cpu")), RunLog(silent=True))
+    for (x, y), expected in zip(data["train_batches"], data["train_losses"]):
+        _, _, loss = run._train_step(x, y)
+        assert loss.item() / len(y) == pytest.approx(float(expected), rel=1e-3)
+    main_block.load_weights(network.eval(), data["state_dict"], name)
+
+
+# What is measured and written
+
+
+def test_the_tally_is_the_mean_over_images_and_finds_the_first_bad_step():
+    logits, labels = torch.randn(3, 20, 7), torch.randint(7, (3, 20))
+    tally, world = Tally(3, torch.device("cpu")), World(torch.device("cpu"))
+    for step in range(3):
+        tally.add(step, logits[step], labels[step], F.cross_entropy(logits[step], labels[step], reduction="sum"))
+    score, bad = tally.score(3, world)
+    ranks = (logits >= logits.gather(2, labels[..., None])).sum(2)
+    expected = Score(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(),
+                     100 * (ranks == 1).double().mean().item(), 100 * (ranks <= 5).double().mean().item(), 60)
+    assert vars(score) == pytest.approx(vars(expected), rel=1e-6) and bad is None
+    tally.rows[1, 0] = math.nan
+    assert tally.score(3, world)[1] == 2
+
+
+def test_a_run_leaves_what_is_needed_to_understand_it():
+    last = train("norm", "group/run")
+    folder = RunFolder("checkpoints", "group/run")
+    rows = list(csv.DictReader((folder.path / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"] and rows[0]["train_loss"] == ""
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.05, 0.05, 0.05, 0.005])
+    assert float(rows[-1]["val_acc1"]) == pytest.approx(last["history"][-1]["val_acc1"])
+    status = folder.status()
+    assert status["state"] == "finished" and status["epoch"] == status["epochs"] == 3
+    assert status["best_acc1"] == max(row["val_acc1"] for row in last["history"]) == last["best_acc1"]
+    about = folder.description()
+    assert about["argv"] == command("norm", "group/run") and about["seed"] == 0 and "torch" in about["versions"]
+    assert about["parameters"] == {"total": 4 * 5 + 8 * 20 + 10 * 32 * 4, "learned": 4 * 5 + 8 * 20 + 10 * 32 * 4}
+    assert folder.args().Pr_size == [4, 8] and folder.args().input_shape == [1, 8, 8]
+    assert "epoch 3/3" in (folder.path / "log.txt").read_text()
+    assert {file.name for file in folder.path.iterdir()} == {
+        "args.json", "metrics.csv", "log.txt", "status.json", "last.pt", "previous.pt", "best.pt", "epoch_0.pt",
+        "epoch_1.pt", "epoch_2.pt"}
+
+
+def test_no_epochs_still_leave_the_untrained_network():
+    assert train("norm", "run", "--epochs", "0")["epoch"] == 0
+    assert RunFolder("checkpoints", "run").epochs() == [0]
+    assert RunFolder("checkpoints", "run").status()["state"] == "finished"
+
+
+def test_regularised_weights_have_no_decay_and_others_have():
+    args = options.parse(command("parseval", "run", "--wd", "0.1"), {})
+    network = models.build(options.network_config(args, Signal(1, 8, 8), 10))
+    decays = {id(p): group["weight_decay"] for group in training.make_optimizer(network, args).param_groups
+              for p in group["params"]}
+    assert decays[id(network.blocks[0].P.weight)] == 0 and decays[id(network.classifier.linear.weight)] == 0.1
+
+
+def test_curves_for_tensorboard():
+    pytest.importorskip("tensorboard")
+    train("norm", "run", "--epochs", "1", "--tensorboard")
+    assert list(RunFolder("checkpoints", "run").path.glob("tensorboard/events*"))
+
+
+# Ends
+
+
+def test_ctrl_c_ends_with_130_and_a_second_one_at_once(interrupt):
+    interrupt(3, signal.SIGINT)
+    with pytest.raises(StoppedError, match="step 3 of 4") as stopped:
+        train("norm", "run")
+    assert stopped.value.exit_status == 130
+    assert RunFolder("checkpoints", "run").status()["state"] == "stopped"
+    request = training.StopRequest()
+    with request, pytest.raises(KeyboardInterrupt):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("print_freq", [1, 1000])
+def test_divergence_names_epoch_and_step_and_keeps_the_last_good_checkpoint(monkeypatch, print_freq):
+    step, count = Training._train_step, itertools.count(1)
+
+    def diverging(self, images, labels):
+        if next(count) == STEPS + 3:
+            images = images * math.nan
+        return step(self, images, labels)
+
+    monkeypatch.setattr(Training, "_train_step", diverging)
+    with pytest.raises(DivergedError, match="epoch 2, step 3 of 4") as diverged:
+        train("norm", "run", "--print-freq", str(print_freq))
+    assert diverged.value.exit_status == 3
+    folder = RunFolder("checkpoints", "run")
+    last, status = folder.checkpoint(), folder.status()
+    assert last["epoch"] == 1 and last["step"] == 0
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    assert status["state"] == "failed" and "step 3 of 4" in status["message"]
+
+
+@pytest.mark.parametrize("file", ["epoch_1.pt", "best.pt", "metrics.csv", "last.pt", "status.json", "args.json"])
+def test_every_file_may_fail_to_be_written_once(monkeypatch, file):
+    """Writing after the first epoch fails: what was there is intact, the file is named, the run can go on."""
+    whole = train("norm", "whole")
+    train("norm", "run", "--epochs", "0")
+    replace = os.replace
+
+    def failing(source, target):
+        if os.path.basename(target) == file:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(WriteError, match=rf"{file}: No space left on device") as error:
+        train("norm", "run")
+    assert error.value.exit_status == 4
+    monkeypatch.setattr(os, "replace", replace)
+    folder = RunFolder("checkpoints", "run")
+    for path in folder.path.iterdir():
+        (json.loads(path.read_text()) if path.suffix == ".json" else path.suffix != ".pt" or load(path))
+    assert is_same(train("norm", "run"), whole)
+
+
+# Speed and precision
+
+
+@pytest.mark.parametrize("network", ["norm", "vgg"])
+def test_bfloat16_learns_and_keeps_weights_and_statistics_in_float32(network):
+    last = train(network, "run", "--amp")
+    assert last["history"][-1]["train_loss"] < last["history"][1]["train_loss"]
+    assert all(value.dtype == torch.float32 for key, value in last["state_dict"].items() if "num_batches" not in key)
+
+
+def test_images_and_weights_of_standard_networks_are_channels_last():
+    args = options.parse(command("vgg", "run"), {})
+    args.num_classes = 10
+    network = main_block.build(args, Signal(1, 32, 32), World(torch.device("cpu")))
+    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1]
+    assert convolutions and all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convolutions)
+
+
+def test_a_compiled_network_trains_the_same_weights_under_the_same_names(monkeypatch):
+    plain = train("norm", "plain", "--epochs", "1")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or torch.nn.Sequential(module))
+    assert is_same(train("norm", "run", "--epochs", "1", "--compile"), plain) and len(compiled) == 2
+
+
+def test_tf32_is_set_as_asked():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for flags, precision in ((["--tf32"], "high"), ([], "highest")):
+            args = options.parse(command("norm", "run", *flags), {})
+            main_block.set_precision(args, torch.device("cuda"))
+            assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.cudnn.allow_tf32 == args.tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -1,0 +1,45 @@
+"""Small files: written beside their place and renamed into it, read without surprises."""
+import json
+import os
+from pathlib import Path
+
+from utils.errors import UserError, WriteError
+
+
+def atomic_write(path, write, previous=None):
+    """Calls `write(file)` on a binary file beside `path`, then renames it to `path`, what was there to `previous`.
+
+    Raises WriteError, naming the file, where the disk refuses; the old content is then intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def write_json(path, value):
+    """Writes `value` as JSON, atomically. Raises WriteError."""
+    text = json.dumps(value, indent=2) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path):
+    """The JSON object in a file. Raises UserError where it is missing or is not one."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object")
+    return value
