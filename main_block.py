@@ -1,4 +1,5 @@
 """Trains one network of the paper: python main_block.py --digits -a 'Fw Std Pr N' … (--help lists the options)."""
+
 import os
 import platform
 import re
@@ -22,8 +23,10 @@ from utils.runs.log import RunLog
 from utils.runs.training import Training
 
 # Options that say where and how far a run goes; a run that goes on may change them, but no others.
-FREE = frozenset("dir checkpoints overwrite evaluate epochs print_freq tensorboard data data_dir bad_images workers "
-                 "device amp compile tf32".split())
+FREE = frozenset(
+    "dir checkpoints overwrite evaluate epochs print_freq tensorboard data data_dir bad_images workers "
+    "device amp compile tf32".split()
+)
 
 
 def main(argv=None):
@@ -78,8 +81,10 @@ def evaluate(network, datasets, args, world):
     load_weights(network, checkpoint["state_dict"], source)
     score = Training(network, datasets, args, world, RunLog(silent=True)).validate()
     if world.is_main:
-        print(f"{source}, after epoch {checkpoint.get('epoch')}: loss {score.loss:.4f}, top-1 {score.acc1:.2f} %, "
-              f"top-5 {score.acc5:.2f} % of {score.images} images")
+        print(
+            f"{source}, after epoch {checkpoint.get('epoch')}: loss {score.loss:.4f}, top-1 {score.acc1:.2f} %, "
+            f"top-5 {score.acc5:.2f} % of {score.images} images"
+        )
     return 0
 
 
@@ -129,8 +134,10 @@ def is_continued(folder, args):
     before = vars(folder.args())
     for dest, value in vars(args).items():
         if dest not in FREE and before.get(dest) != value:
-            raise UserError(f"{folder.path} holds a run with {dest} = {before.get(dest)!r}, now {value!r}: "
-                            "--overwrite starts it anew, another --dir keeps both")
+            raise UserError(
+                f"{folder.path} holds a run with {dest} = {before.get(dest)!r}, now {value!r}: "
+                "--overwrite starts it anew, another --dir keeps both"
+            )
     return True
 
 
@@ -142,8 +149,10 @@ def starting_point(network, args, folder):
     checkpoint = load(source)
     load_weights(network, checkpoint["state_dict"], source)
     if not args.restart and int(checkpoint.get("epoch", 0)) >= args.epochs:
-        raise UserError(f"{source} is after epoch {checkpoint['epoch']}: nothing is left of --epochs {args.epochs} "
-                        "(--restart takes the weights only)")
+        raise UserError(
+            f"{source} is after epoch {checkpoint['epoch']}: nothing is left of --epochs {args.epochs} "
+            "(--restart takes the weights only)"
+        )
     return checkpoint
 
 
@@ -167,8 +176,13 @@ def description(network, args, argv):
     total, learned = count_parameters(network)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions.update({package: metadata.version(package) for package in ("torchvision", "numpy")})
-    return {"argv": argv, "args": vars(args), "versions": versions, "seed": args.seed,
-            "parameters": {"total": total, "learned": learned}}
+    return {
+        "argv": argv,
+        "args": vars(args),
+        "versions": versions,
+        "seed": args.seed,
+        "parameters": {"total": total, "learned": learned},
+    }
 
 
 def count_parameters(network):
@@ -183,12 +197,16 @@ def introduce(training, log, resumed):
     total, learned = count_parameters(training.network)
     precision = ["bfloat16 (autocast)" if args.amp else "float32"] + ["TF32"] * args.tf32 + ["compiled"] * args.compile
     log.say(f"{log.where()}: {options.arch_name(args)}, {total:,} parameters, {learned:,} of them learned")
-    log.say(f"{datasets.name}: {len(datasets.train)} images for training, {len(datasets.val)} for validation, "
-            f"{datasets.num_classes} classes, {training.steps} steps of {args.batch_size} images an epoch")
+    log.say(
+        f"{datasets.name}: {len(datasets.train)} images for training, {len(datasets.val)} for validation, "
+        f"{datasets.num_classes} classes, {training.steps} steps of {args.batch_size} images an epoch"
+    )
     log.say(f"on {describe_device(world.device)}, {', '.join(precision)}, torch {torch.__version__}")
     if world.size > 1:
-        log.say(f"{world.size} processes share each batch of {args.batch_size} images; the learning rate stays "
-                f"{args.lr:g}, it is not scaled with the number of processes")
+        log.say(
+            f"{world.size} processes share each batch of {args.batch_size} images; the learning rate stays "
+            f"{args.lr:g}, it is not scaled with the number of processes"
+        )
     if training.left_out:
         log.say(f"{training.left_out} images of each epoch are left out: they are fewer than the processes")
     if resumed:

@@ -3,6 +3,7 @@
 Writes checkpoint_repeat{r}.pt, which `main_block.py --resume … --restart --freeze-P 1` trains the classifier of, and
 accuracies.csv: the test accuracy after every layer (repeat, layers sampled, top-1, top-5 in percent).
 """
+
 import copy
 import csv
 import difflib
@@ -40,25 +41,38 @@ FREE = frozenset("dir checkpoints overwrite num_repeats device workers data data
 
 def parser():
     """The command line."""
-    top = options.Parser(prog="resample.py", description="Samples rainbow networks of a trained experiment.",
-                         allow_abbrev=False)
+    top = options.Parser(
+        prog="resample.py", description="Samples rainbow networks of a trained experiment.", allow_abbrev=False
+    )
     top.add_argument("--experiment", required=True, metavar="NAME", help="the run to sample from")
     top.add_argument("--dir", metavar="NAME", help="folder of the samples (default resamplings/resample-EXPERIMENT)")
-    top.add_argument("--checkpoints", default="checkpoints", metavar="DIR",
-                     help="folder of the runs' folders (default checkpoints)")
+    top.add_argument(
+        "--checkpoints", default="checkpoints", metavar="DIR", help="folder of the runs' folders (default checkpoints)"
+    )
     top.add_argument("--epoch", type=options.natural, metavar="E", help="sample from this epoch (default: the end)")
-    top.add_argument("--num-atoms", type=options.positive_int, nargs="+", metavar="N",
-                     help="widths of the layers before the classifier (default: the trained ones)")
-    top.add_argument("--method", choices=METHODS, default="gaussian",
-                     help="rows of weights: gaussian; orthogonal, a random isometry; white, no covariance")
+    top.add_argument(
+        "--num-atoms",
+        type=options.positive_int,
+        nargs="+",
+        metavar="N",
+        help="widths of the layers before the classifier (default: the trained ones)",
+    )
+    top.add_argument(
+        "--method",
+        choices=METHODS,
+        default="gaussian",
+        help="rows of weights: gaussian; orthogonal, a random isometry; white, no covariance",
+    )
     top.add_argument("--num-repeats", type=options.positive_int, default=1, metavar="R", help="samples (default 1)")
     top.add_argument("--align-test", action="store_true", help="align on the test set instead of the training set")
-    top.add_argument("-b", "--batch-size", type=options.positive_int, default=128, metavar="N",
-                     help="images at a time (default 128)")
+    top.add_argument(
+        "-b", "--batch-size", type=options.positive_int, default=128, metavar="N", help="images at a time (default 128)"
+    )
     top.add_argument("--seed", type=options.natural, default=0, help="of the weights (default 0)")
     top.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: the best there is)")
-    top.add_argument("-j", "--workers", type=options.natural, default=4, metavar="N",
-                     help="processes that read ImageNet (default 4)")
+    top.add_argument(
+        "-j", "--workers", type=options.natural, default=4, metavar="N", help="processes that read ImageNet (default 4)"
+    )
     top.add_argument("--data", metavar="DIR", help="the data's folder, where it has moved (see main_block.py)")
     top.add_argument("--data-dir", metavar="DIR", help="likewise")
     top.add_argument("--overwrite", action="store_true", help="sample anew what is there already")
@@ -98,15 +112,20 @@ def find_experiment(args):
         root = RunFolder(args.checkpoints, "x").path.parent
         names = sorted(path.parent.relative_to(root).as_posix() for path in root.glob("**/args.json"))
         near = difflib.get_close_matches(args.experiment, names, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names[:5]) or 'none'}" \
-            + ", …" * (len(names) > 5)
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"there is {', '.join(names[:5]) or 'none'}" + ", …" * (len(names) > 5)
+        )
         raise UserError(f"--experiment {args.experiment}: no such run in {root}; {hint}")
     status = source.status()
     if args.epoch is None and status.get("state") != "finished":
         kept = ", ".join(map(str, source.epochs())) or "none"
-        raise UserError(f"--experiment {args.experiment}: not finished (epoch {status.get('epoch')} of "
-                        f"{status.get('epochs')}, {status.get('state', 'not begun')}); train it to its end, or "
-                        f"choose one of the epochs kept with --epoch (there: {kept})")
+        raise UserError(
+            f"--experiment {args.experiment}: not finished (epoch {status.get('epoch')} of "
+            f"{status.get('epochs')}, {status.get('state', 'not begun')}); train it to its end, or "
+            f"choose one of the epochs kept with --epoch (there: {kept})"
+        )
     return source
 
 
@@ -118,29 +137,42 @@ def load_data(args, trained_args, source):
     datasets = load_datasets(data_args)
     signal, trained = datasets.signal, Signal(*trained_args.input_shape)
     if signal != trained or datasets.num_classes != trained_args.num_classes:
-        raise UserError(f"{source.path} was trained on {trained} and {trained_args.num_classes} classes, but "
-                        f"{datasets.name} now has {signal} and {datasets.num_classes} classes: it is other data")
+        raise UserError(
+            f"{source.path} was trained on {trained} and {trained_args.num_classes} classes, but "
+            f"{datasets.name} now has {signal} and {datasets.num_classes} classes: it is other data"
+        )
     return datasets
 
 
 def prepare(args, network, datasets):
     """The sampler of the trained network over its data."""
-    train, test = (images.loader(args.batch_size, workers=args.workers, device=device_of(network))
-                   for images in (datasets.train, datasets.val))
+    train, test = (
+        images.loader(args.batch_size, workers=args.workers, device=device_of(network))
+        for images in (datasets.train, datasets.val)
+    )
 
     def progress(batches, text):
         return tqdm(batches, desc=text, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
-    return RainbowSampler(MeanNetwork.fit([network], train), train, test=test, method=args.method,
-                          widths=args.num_atoms, align_on_test=args.align_test, progress=progress)
+    return RainbowSampler(
+        MeanNetwork.fit([network], train),
+        train,
+        test=test,
+        method=args.method,
+        widths=args.num_atoms,
+        align_on_test=args.align_test,
+        progress=progress,
+    )
 
 
 def check_accuracy(args, source, sampler):
     """Raises UserError where the trained network is far from the accuracy of its own last validation."""
     known, found = source.status().get("acc1"), sampler.trained_accuracy.acc1
     if args.epoch is None and known is not None and abs(known - found) > TOLERANCE:
-        raise UserError(f"{source.path} was trained on other data: it reached {known:.2f} % then, but {found:.2f} % on "
-                        "the test set that is there now")
+        raise UserError(
+            f"{source.path} was trained on other data: it reached {known:.2f} % then, but {found:.2f} % on "
+            "the test set that is there now"
+        )
 
 
 def resized_args(network, trained_args, widths):
@@ -154,8 +186,10 @@ def resized_args(network, trained_args, widths):
     if isinstance(args.arch, str):
         args.standard_width_scaling *= widths[0] / own[0]
         if standard_widths(args) != widths:
-            raise UserError(f"--num-atoms: a {args.arch} has int(s·w) channels in every layer with one s; "
-                            f"s = {args.standard_width_scaling:g} gives {' '.join(map(str, standard_widths(args)))}")
+            raise UserError(
+                f"--num-atoms: a {args.arch} has int(s·w) channels in every layer with one s; "
+                f"s = {args.standard_width_scaling:g} gives {' '.join(map(str, standard_widths(args)))}"
+            )
         return args
     for layer, width in zip(layers, widths):
         _, block, _, name = layer.name.split(".")
@@ -178,8 +212,10 @@ def sample_all(args, argv, folder, log, sampler, network_args, device):
         start_anew(args, argv, folder, log, sampler, source)
         rows = []
     done = {int(row["repeat"]) for row in rows}
-    log.say(f"{folder.path}: rainbow networks of {args.experiment}, {args.method}, widths "
-            f"{' '.join(map(str, sampler.widths))}, on {describe_device(device)}")
+    log.say(
+        f"{folder.path}: rainbow networks of {args.experiment}, {args.method}, widths "
+        f"{' '.join(map(str, sampler.widths))}, on {describe_device(device)}"
+    )
     for repeat in range(args.num_repeats):
         if repeat in done:
             log.say(f"sample {repeat}: there already")
@@ -207,8 +243,10 @@ def known_rows(args, folder, source):
     before = read_json(path)
     for dest, value in vars(args).items():
         if dest not in FREE and before.get("args", {}).get(dest) != value:
-            raise UserError(f"{folder.path} holds samples with {dest} = {before.get('args', {}).get(dest)!r}, now "
-                            f"{value!r}: --overwrite samples anew, another --dir keeps both")
+            raise UserError(
+                f"{folder.path} holds samples with {dest} = {before.get('args', {}).get(dest)!r}, now "
+                f"{value!r}: --overwrite samples anew, another --dir keeps both"
+            )
     if before.get("source") != source:
         return None
     try:
@@ -232,8 +270,15 @@ def description(args, argv, sampler, source):
     """What args.json holds: what is needed to repeat a sample, and a digest of the network it came from."""
     parameters = sum(p.numel() * (2 if p.is_complex() else 1) for p in sampler.trained.parameters())
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"argv": argv, "args": vars(args), "versions": versions, "seed": args.seed, "source": source,
-            "widths": sampler.widths, "parameters": {"total": parameters}}
+    return {
+        "argv": argv,
+        "args": vars(args),
+        "versions": versions,
+        "seed": args.seed,
+        "source": source,
+        "widths": sampler.widths,
+        "parameters": {"total": parameters},
+    }
 
 
 def sample_seed(seed, repeat):

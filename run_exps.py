@@ -1,10 +1,11 @@
 """Every experiment of the paper: list, print, run, follow, submit.
 
-    python run_exps.py --print                     the commands of all of them
-    python run_exps.py --scale laptop              train the whole paper in small, on this machine
-    python run_exps.py --figure 3 --status         what is done, running, failed or missing for a figure
-    python run_exps.py --submit slurm --gpus 1     hand them to a cluster
+python run_exps.py --print                     the commands of all of them
+python run_exps.py --scale laptop              train the whole paper in small, on this machine
+python run_exps.py --figure 3 --status         what is done, running, failed or missing for a figure
+python run_exps.py --submit slurm --gpus 1     hand them to a cluster
 """
+
 import argparse
 import difflib
 import os
@@ -35,13 +36,26 @@ def parser():
     what.add_argument("--status", action="store_true", help="a table of what is done, running, failed, missing")
     what.add_argument("--submit", choices=("slurm", "local"), help="hand them to SLURM, or to submitit on this machine")
     how = parser.add_argument_group("how")
-    how.add_argument("--jobs", type=int, metavar="N", help="processes at a time, the cores or GPUs shared out between "
-                     "them (default: laptop, one per core; paper, one per GPU or one)")
-    how.add_argument("--start", choices=("warm", "fresh"), help="fork a process that has its imports done (default at "
-                     "the laptop scale on a CPU under Linux), or start an interpreter anew for each")
+    how.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes at a time, the cores or GPUs shared out between "
+        "them (default: laptop, one per core; paper, one per GPU or one)",
+    )
+    how.add_argument(
+        "--start",
+        choices=("warm", "fresh"),
+        help="fork a process that has its imports done (default at "
+        "the laptop scale on a CPU under Linux), or start an interpreter anew for each",
+    )
     how.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where runs are kept")
-    how.add_argument("--data", default=os.environ.get("IMAGENET_DIR"), metavar="DIR",
-                     help="ImageNet's folder (default: IMAGENET_DIR)")
+    how.add_argument(
+        "--data",
+        default=os.environ.get("IMAGENET_DIR"),
+        metavar="DIR",
+        help="ImageNet's folder (default: IMAGENET_DIR)",
+    )
     how.add_argument("--data-dir", metavar="DIR", help="where downloaded data sets live")
     how.add_argument("--device", help="passed on to every run")
     trial = parser.add_argument_group("a trial (other training flags, in folders named trial-…)")
@@ -78,10 +92,14 @@ def select(args):
         pattern = re.compile(args.match or "")
     except re.error as error:
         raise UserError(f"--match {args.match}: not a regular expression ({error})") from error
-    chosen = [experiment for experiment in chosen
-              if (not args.only or experiment.group in args.only)
-              and (not args.figure or set(args.figure) & set(experiment.figures))
-              and (not args.name or experiment.name in args.name) and pattern.search(experiment.name)]  # fmt: skip
+    chosen = [
+        experiment
+        for experiment in chosen
+        if (not args.only or experiment.group in args.only)
+        and (not args.figure or set(args.figure) & set(experiment.figures))
+        and (not args.name or experiment.name in args.name)
+        and pattern.search(experiment.name)
+    ]
     if not chosen:
         raise UserError("no experiment is all of this at once; --print without conditions lists them")
     return chosen
@@ -151,8 +169,15 @@ def run(chosen, args):
     if start == "warm" and not hasattr(os, "fork"):
         raise UserError("--start warm: this system cannot fork; --start fresh")
     starts = {"warm": processes.start_warm, "fresh": processes.start_fresh}
-    settings = runner.Settings(root=Path(args.checkpoints), folder=FOLDER, start=starts[start], jobs=jobs,
-                               data=args.data, extra=extra_flags(args), gpus=devices)
+    settings = runner.Settings(
+        root=Path(args.checkpoints),
+        folder=FOLDER,
+        start=starts[start],
+        jobs=jobs,
+        data=args.data,
+        extra=extra_flags(args),
+        gpus=devices,
+    )
     work = runner.Runner(chosen, settings)
     if start == "warm" and work.settle():
         os.environ["OMP_NUM_THREADS"] = runner.threads_per_job(jobs)

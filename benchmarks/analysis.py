@@ -10,6 +10,7 @@ Two ratios are printed for each kind of network, medians over repeats that are m
 - moments: the time for the second moments of all layers of five networks, over the time of their forward passes plus
   that of the matrix products alone; for the ResNet also of the patches that its convolutions meet. Allowed: 1.5.
 """
+
 import argparse
 import sys
 import time
@@ -39,9 +40,16 @@ def scattering(kind, width, seed=0):
     """An eight-block network with random weights, for CIFAR's shape."""
     torch.manual_seed(seed)
     arch, psi = KINDS[kind]
-    blocks = tuple(BlockConfig(tuple(arch.split()), psi_arch=tuple(psi.split()), kind=index % 2,
-                               Pr_size=int(width * size), Pc_size=int(width * size))
-                   for index, size in enumerate(WIDTHS))
+    blocks = tuple(
+        BlockConfig(
+            tuple(arch.split()),
+            psi_arch=tuple(psi.split()),
+            kind=index % 2,
+            Pr_size=int(width * size),
+            Pc_size=int(width * size),
+        )
+        for index, size in enumerate(WIDTHS)
+    )
     return ScatNet(ScatNetConfig(Signal(3, 32, 32), 10, blocks, "std", False)).eval()
 
 
@@ -81,8 +89,9 @@ def products(networks, data, patches):
             layers = weight_layers(network, data[0][0])
             for images, _ in data:
                 held = []
-                stream_samples(network, layers, images, patches,
-                               lambda k, samples, *_, held=held: held.append(samples.clone()))
+                stream_samples(
+                    network, layers, images, patches, lambda k, samples, *_, held=held: held.append(samples.clone())
+                )
                 for piece in (piece for samples in held for piece in samples.pieces()):
                     total += sum(seconds(lambda x=x: multiply(x))[0] for x in real_matrices(piece))
     return total
@@ -144,8 +153,11 @@ def main():
         ratios = f"{moments_ratio(networks, data, args.repeats):4.2f}"
         if kind not in KINDS:
             ratios += f", {moments_ratio(networks, data, args.repeats, patches=True):4.2f} of patches"
-        print(f"{kind:14} resampling / forward pass: {kept:5.1f} kept, {none:5.1f} from the images;  "
-              f"moments / (forward passes + products): {ratios}", flush=True)
+        print(
+            f"{kind:14} resampling / forward pass: {kept:5.1f} kept, {none:5.1f} from the images;  "
+            f"moments / (forward passes + products): {ratios}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ A training step is forward, backward and SGD update, as `main_block.py` does it,
 Peak: the operations per second of one large matrix product in the same precision on the same device. A step's own are
 torch's count (`FlopCounterMode`) of the products and convolutions forward, three times: backward takes two for each.
 """
+
 import argparse
 import sys
 import time
@@ -40,10 +41,21 @@ VARIANTS = ("float32", "tf32", "amp", "compile", "amp+compile")
 def parser():
     """The command line."""
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    top.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME",
-                     help=f"networks to time ({', '.join(NETWORKS)})")
-    top.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT",
-                     help=f"{', '.join(VARIANTS)} (default: all that the device has)")
+    top.add_argument(
+        "--only",
+        nargs="+",
+        choices=NETWORKS,
+        default=list(NETWORKS),
+        metavar="NAME",
+        help=f"networks to time ({', '.join(NETWORKS)})",
+    )
+    top.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="VARIANT",
+        help=f"{', '.join(VARIANTS)} (default: all that the device has)",
+    )
     top.add_argument("--batch-size", type=int, metavar="N", help="images in a step (default: that of the paper)")
     top.add_argument("--steps", type=int, default=20, help="timed steps (default 20), after three others")
     top.add_argument("--device", default="auto", help="cuda, cuda:N, mps or cpu (default: the accelerator)")
@@ -133,8 +145,11 @@ def report(name, args, device, variant, fastest):
         print(f"{name:15} {variant:12} {batch:6}  not enough memory: a smaller --batch-size")
         return
     used = memory(device)
-    print(f"{name:15} {variant:12} {batch:6} {batch / spent:12.1f} {'' if used is None else f'{used:.2f}':>10} "
-          f"{100 * work / spent / fastest:9.1f} %", flush=True)  # fmt: skip
+    print(
+        f"{name:15} {variant:12} {batch:6} {batch / spent:12.1f} {'' if used is None else f'{used:.2f}':>10} "
+        f"{100 * work / spent / fastest:9.1f} %",
+        flush=True,
+    )
 
 
 def main(argv=None):

@@ -9,6 +9,7 @@ Checked: every bad file is named, once; each epoch has all other images; without
 run; no process is left behind; the memory that belongs to a worker alone does not grow within an epoch, nor this
 process's after the second epoch. Exit status 1 if something fails.
 """
+
 import argparse
 import io
 import logging
@@ -98,9 +99,7 @@ class Names(logging.Handler):
 
 def epoch(images, number, workers):
     """Reads an epoch; (images read, growth in bytes of the worker that grew most after the first fifth)."""
-    loader = images.loader(
-        64, shuffle=True, seed=0, epoch=number, augment=True, workers=workers, bad_images="skip"
-    )
+    loader = images.loader(64, shuffle=True, seed=0, epoch=number, augment=True, workers=workers, bad_images="skip")
     count, early, growth = 0, {}, 0
     steps = len(loader)
     for step, (batch, labels) in enumerate(loader):

@@ -5,6 +5,7 @@ other on the same images; the medians are of epochs after a first one:
 
     python benchmarks/pipeline.py [--images 10000] [--batch-size 128] [--repeats 5] [--threads 1]
 """
+
 import argparse
 import sys
 import time

@@ -41,8 +41,9 @@ def network(arch, widths, signal, classes, first_factorized=0):
     psi = () if "rho" in arch else ("mod",)
     size = "Pc_size" if "Pc" in arch else "Pr_size"
     blocks = tuple(
-        BlockConfig(arch, psi_arch=psi, kind="plain" if i < first_factorized else (i - first_factorized) % 2,
-                    **{size: width})
+        BlockConfig(
+            arch, psi_arch=psi, kind="plain" if i < first_factorized else (i - first_factorized) % 2, **{size: width}
+        )
         for i, width in enumerate(widths)
     )
     return ScatNetConfig(signal, classes, blocks, classifier_batch_norm="std", classifier_bias=False)
@@ -126,8 +127,14 @@ def block_steps(name):
     torch.manual_seed(0)
     for block in build(config).blocks:
         signal = block.signal
-        images = torch.randn(batch, signal.channels, signal.height, signal.width,
-                             dtype=torch.cfloat if signal.complex else torch.float, requires_grad=True)
+        images = torch.randn(
+            batch,
+            signal.channels,
+            signal.height,
+            signal.width,
+            dtype=torch.cfloat if signal.complex else torch.float,
+            requires_grad=True,
+        )
         gradient = torch.randn_like(block(images))
 
         def run(fast, block=block, images=images, gradient=gradient):
@@ -188,8 +195,11 @@ def report(name, arguments):
     if name == "imagenet" and not arguments.no_reference:
         for number, (signal, functions) in enumerate(block_steps(name), start=1):
             median = times(functions, arguments.repetitions)
-            print(f"  block {number:2} on {str(signal):38} ours {median['ours'] * 1e3:7.1f} ms  "
-                  f"reference/ours {median['reference'] / median['ours']:5.2f}", flush=True)
+            print(
+                f"  block {number:2} on {str(signal):38} ours {median['ours'] * 1e3:7.1f} ms  "
+                f"reference/ours {median['reference'] / median['ours']:5.2f}",
+                flush=True,
+            )
     if not arguments.no_memory:
         peaks = {which: peak_memory(name, which) for which in kinds if which != "floor"}
         print(f"{name:9} peak  " + "  ".join(f"{which} {gb:.2f} GB" for which, gb in peaks.items()), flush=True)
@@ -197,8 +207,14 @@ def report(name, arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME",
-                        help=f"networks to time ({', '.join(NETWORKS)})")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NETWORKS,
+        default=list(NETWORKS),
+        metavar="NAME",
+        help=f"networks to time ({', '.join(NETWORKS)})",
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="timed repetitions of each (default 5)")
     parser.add_argument("--no-reference", action="store_true", help="leave out the slow reference")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory of fresh processes")

@@ -7,6 +7,7 @@
 Every `package>=X.Y` of requirements.txt becomes `package==X.Y`, the tools of requirements-dev.txt come as they are.
 The tests then run in one process. Exit status: pytest's. The download is large: torch brings its CUDA libraries.
 """
+
 import argparse
 import os
 import re

@@ -72,7 +72,8 @@ def check_names(arch):
     for name in arch:
         if name not in MODULES:
             near = difflib.get_close_matches(name, MODULES, 1, 0.3) or [
-                known for known in MODULES if known.lower() == name.lower()]
+                known for known in MODULES if known.lower() == name.lower()
+            ]
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown module {name!r}{hint} (known: {' '.join(MODULES)})")
 
@@ -123,8 +124,9 @@ class Branches(nn.Module):
         self.left, self.right = left, right
         if (left.out.height, left.out.width) != (right.out.height, right.out.width):
             raise ValueError(f"two branches differ in size ({left.out} and {right.out}): they cannot be concatenated")
-        self.out = left.out.with_(channels=left.out.channels + right.out.channels,
-                                  complex=left.out.complex or right.out.complex)
+        self.out = left.out.with_(
+            channels=left.out.channels + right.out.channels, complex=left.out.complex or right.out.complex
+        )
 
     def forward(self, x):
         return concatenate(self.left(x), self.right(x))
@@ -155,8 +157,13 @@ def build_module(name, signal, config):
             module.attach(phi, phi.out, nn.Identity(), phi.out)
         return module
     if name == "mod":
-        return NonLinearity(config.non_linearity, signal, config.non_linearity_bias, config.non_linearity_gain,
-                            config.non_linearity_learned)
+        return NonLinearity(
+            config.non_linearity,
+            signal,
+            config.non_linearity_bias,
+            config.non_linearity_gain,
+            config.non_linearity_learned,
+        )
     if name in PROJECTIONS:
         return _build_projection(name, signal, config)
     builders = {
@@ -177,10 +184,14 @@ def _build_projection(name, signal, config):
         flag = "--L-proj-size" if name == "P" else f"--{name}-size"
         raise ValueError(f"the module {name!r} needs its number of channels ({flag})")
     return Projection(
-        signal, None if size == IDENTITY else size,
+        signal,
+        None if size == IDENTITY else size,
         is_complex=name == "Pc" or (name == "P" and signal.complex),
-        basis=config.projection_basis, eigenvalues=config.projection_eigenvalues,
-        initialization=config.projection_initialization, frozen=config.freeze_projection, orthogonal=config.orthogonal,
+        basis=config.projection_basis,
+        eigenvalues=config.projection_eigenvalues,
+        initialization=config.projection_initialization,
+        frozen=config.freeze_projection,
+        orthogonal=config.orthogonal,
     )
 
 
@@ -253,8 +264,9 @@ class Block(nn.Module):
 
     def runs_fused(self, dtype):
         """Whether `forward` runs as one operation for images of this type."""
-        hooked = any(module is not None and (module._forward_hooks or module._forward_pre_hooks)
-                     for module in (self.P, self.std))
+        hooked = any(
+            module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in (self.P, self.std)
+        )
         return self._can_fuse(dtype) and not hooked
 
     def _can_fuse(self, dtype):

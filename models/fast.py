@@ -173,9 +173,7 @@ def _separable_group(filters, kernels, axes, parts, phi_parts):
     rank = max(1, int((scales > _RANK_TOLERANCE * scales[0]).sum()))
     row_maps = np.stack([axes[0].matrix(row) for row in rows[:rank]], 1)  # (M', R, M)
     columns = (columns[:, :rank] * scales[:rank]).reshape(len(filters), 2, kernels.shape[2], rank)
-    maps = [
-        [np.stack([axes[1].matrix(part[:, r]) for r in range(rank)], 1) for part in column] for column in columns
-    ]
+    maps = [[np.stack([axes[1].matrix(part[:, r]) for r in range(rank)], 1) for part in column] for column in columns]
     return _Group(_as_range(filters), row_maps.reshape(-1, axes[0].size), _group_matrix(maps, parts, phi_parts))
 
 
@@ -411,9 +409,7 @@ def skip_features(coefficients, slices, out):
 def skip_gradients(gradient, features, slices):
     """Gradients of each group's coefficients from those of [Re z, |z|, Im z]; the coefficients are in `features`."""
     ratio = torch.div(gradient[:, 1], features[:, 1].clamp_min(_SMALLEST_MODULUS))
-    return [
-        torch.addcmul(gradient[:, 0::2, f], ratio[:, None, f], features[:, 0::2, f]).contiguous() for f in slices
-    ]
+    return [torch.addcmul(gradient[:, 0::2, f], ratio[:, None, f], features[:, 0::2, f]).contiguous() for f in slices]
 
 
 def _modulus(z, out):
@@ -496,8 +492,14 @@ class FusedBlock(nn.Module):
             return [(0, part, 0, 0, part, 1) for part in range(1 + is_complex)]
         if not is_complex:
             return [(0, 0, 0, 0, 0, 1), (0, 0, 1, 1, 0, 1), (1, 0, 2, 0, 0, 1)]
-        return [(0, 0, 0, 0, 0, 1), (0, 0, 1, 1, 0, 1), (0, 0, 2, 0, 1, -1),
-                (0, 1, 0, 0, 1, 1), (0, 1, 1, 1, 1, 1), (0, 1, 2, 0, 0, 1)]
+        return [
+            (0, 0, 0, 0, 0, 1),
+            (0, 0, 1, 1, 0, 1),
+            (0, 0, 2, 0, 1, -1),
+            (0, 1, 0, 0, 1, 1),
+            (0, 1, 1, 1, 1, 1),
+            (0, 1, 2, 0, 0, 1),
+        ]
 
     def _views(self, weight, matrices):
         """Views of φ (rows, C) and ψ (rows, n, C) for every piece of W: (in a matrix, in W, columns, sign)."""
@@ -551,8 +553,10 @@ class FusedBlock(nn.Module):
             return Statistics(std.mean[self.columns], std.var[self.columns])
         half = len(std.var) // 2
         mean, var = std.mean[self.columns], std.var[self.columns]
-        return Statistics(torch.cat([mean.real, std.mean[half + self.columns].real, mean.imag]),
-                          torch.cat([var, std.var[half + self.columns], var]))
+        return Statistics(
+            torch.cat([mean.real, std.mean[half + self.columns].real, mean.imag]),
+            torch.cat([var, std.var[half + self.columns], var]),
+        )
 
     def channel_statistics(self, mean, var):
         """Real columns' statistics -> those of a Standardization, in canonical order."""
@@ -687,7 +691,8 @@ class FusedBlock(nn.Module):
             features_gradient = x.new_empty(rows.stop - rows.start, self.width)
             for matrix, (outputs, columns) in zip(matrices, self.slices(matrices), strict=True):
                 features_gradient[:, columns] = _times_transposed(
-                    gradient[rows, outputs], matrix.t(), shift[columns], lower)
+                    gradient[rows, outputs], matrix.t(), shift[columns], lower
+                )
             for chunk in self.chunks(x, group):
                 chunk_rows = self.rows(chunk)
                 part, part_gradient = features[chunk_rows], features_gradient[_within(chunk_rows, rows)]
@@ -784,8 +789,13 @@ def fused(block_signal, stages):
         return None
     std = stages[1 + skip] if standardized else None
     return FusedBlock(
-        transform, skip, "homogeneous" if standardized and std.homogeneous else standardized, normalized,
-        (block_signal.height, block_signal.width), 2 if block_signal.complex else 1, block_signal.channels,
+        transform,
+        skip,
+        "homogeneous" if standardized and std.homogeneous else standardized,
+        normalized,
+        (block_signal.height, block_signal.width),
+        2 if block_signal.complex else 1,
+        block_signal.channels,
     )
 
 

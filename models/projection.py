@@ -35,8 +35,18 @@ class Projection(nn.Module):
         ValueError: a shape does not fit.
     """
 
-    def __init__(self, signal, channels, is_complex=False, *, basis=None, eigenvalues=None, initialization=None,
-                 frozen=False, orthogonal=False):
+    def __init__(
+        self,
+        signal,
+        channels,
+        is_complex=False,
+        *,
+        basis=None,
+        eigenvalues=None,
+        initialization=None,
+        frozen=False,
+        orthogonal=False,
+    ):
         super().__init__()
         if basis is not None and basis.shape[1] != signal.channels:
             raise ValueError(f"the fixed projection takes {basis.shape[1]} channels, not {signal.channels}")

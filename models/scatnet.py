@@ -65,8 +65,9 @@ class ScatNet(nn.Module):
                 raise ValueError(f"block {index} of {len(config.blocks)}: {error}") from None
             self.blocks.append(block)
             signal = block.out
-        self.classifier = Classifier(signal, config.num_classes, config.classifier_batch_norm, config.classifier_bias,
-                                     config.average_pooling)
+        self.classifier = Classifier(
+            signal, config.num_classes, config.classifier_batch_norm, config.classifier_bias, config.average_pooling
+        )
 
     def forward(self, x):
         x = self.mix(x)

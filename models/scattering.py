@@ -61,8 +61,9 @@ class WaveletTransform(nn.Module):
         height, width = (output_size(size, self.subsample) for size in (signal.height, signal.width))
         if min(height, width) < 1:
             raise ValueError(f"an image of {signal.height}×{signal.width} is too small for another wavelet transform")
-        bank = filter_bank(padded_size(signal.height), padded_size(signal.width), angles, kind,
-                           scales_per_octave, full_angles)
+        bank = filter_bank(
+            padded_size(signal.height), padded_size(signal.width), angles, kind, scales_per_octave, full_angles
+        )
         self.register_buffer("bank", torch.from_numpy(bank.copy()), persistent=False)
         self.number = len(bank) - 1
         self.phi_signal = signal.with_(height=height, width=width)
@@ -81,8 +82,9 @@ class WaveletTransform(nn.Module):
         if self.number == 0:
             self.out = phi_out
         else:
-            self.out = phi_out.with_(channels=phi_out.channels + psi_out.channels,
-                                     complex=phi_out.complex or psi_out.complex)
+            self.out = phi_out.with_(
+                channels=phi_out.channels + psi_out.channels, complex=phi_out.complex or psi_out.complex
+            )
 
     def forward(self, x):
         phi, psi = reference_transform(x, self.bank, self.subsample)

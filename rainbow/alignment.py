@@ -158,14 +158,26 @@ class MeanNetwork:
     target of iteration t (the first network, then the average before) leaves, Σ_i E‖φ_i A_i - target‖² / Σ_i E‖φ_i‖².
     """
 
-    def __init__(self, networks: Sequence[nn.Module], layers: Sequence[Sequence[Layer]],
-                 alignments: Sequence[Sequence[Tensor]], unexplained: Sequence[Sequence[float]]):
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        layers: Sequence[Sequence[Layer]],
+        alignments: Sequence[Sequence[Tensor]],
+        unexplained: Sequence[Sequence[float]],
+    ):
         self.networks, self.layers = list(networks), [list(each) for each in layers]
         self.alignments, self.unexplained = [list(each) for each in alignments], [list(u) for u in unexplained]
 
     @classmethod
-    def fit(cls, networks: Sequence[nn.Module], loader: Iterable = (), *, layers=None, num_iters: int = 2,
-            device: torch.device | None = None) -> MeanNetwork:
+    def fit(
+        cls,
+        networks: Sequence[nn.Module],
+        loader: Iterable = (),
+        *,
+        layers=None,
+        num_iters: int = 2,
+        device: torch.device | None = None,
+    ) -> MeanNetwork:
         """Aligns n networks to the first, then num_iters times to their average.
 
         Reads the loader 1 + num_iters times (once, for one batch, if there is one network). Layers, device and errors
@@ -173,8 +185,9 @@ class MeanNetwork:
         """
         networks = list(networks)
         chosen, device = resolve_layers(networks, layers, loader, device)
-        identity = [torch.eye(layer.channels, dtype=torch.float64, device=accumulation_device(device))
-                    for layer in chosen[0]]
+        identity = [
+            torch.eye(layer.channels, dtype=torch.float64, device=accumulation_device(device)) for layer in chosen[0]
+        ]
         if len(networks) == 1:
             return cls(networks, chosen, [identity], [[0.0] * len(identity)])
         first = moments(networks, chosen, loader, auto=False, cross=0, device=device)
@@ -198,8 +211,10 @@ class MeanNetwork:
         """(1/n) Σ_i φ_i Ā_i of samples (m, D_i) of every network at a layer. # (m, D)"""
         if len(samples) == 1:
             return samples[0]
-        rotated = [phi @ alignments[layer].conj().to(device=phi.device, dtype=phi.dtype)
-                   for phi, alignments in zip(samples, self.alignments)]
+        rotated = [
+            phi @ alignments[layer].conj().to(device=phi.device, dtype=phi.dtype)
+            for phi, alignments in zip(samples, self.alignments)
+        ]
         return torch.stack(rotated).mean(0)
 
     def _iterate(self, loader, device, fixed, energies):
@@ -215,8 +230,9 @@ class MeanNetwork:
         inner = []
         for i in numbers:
             K = [products[i][k].total() / averages[k].count for k in places]
-            self.alignments[i] = [self.alignments[i][k] if fixed[k] else align(K[k], self.layers[0][k].is_complex)
-                                  for k in places]
+            self.alignments[i] = [
+                self.alignments[i][k] if fixed[k] else align(K[k], self.layers[0][k].is_complex) for k in places
+            ]
             inner.append([_inner(self.alignments[i][k], K[k]) for k in places])
         self._note(energies, [target] * len(self.networks), inner)
 
@@ -224,8 +240,10 @@ class MeanNetwork:
         """Adds a chunk of images: as many networks at once take the memory of one on a whole batch."""
         held = [[None] * len(layers) for layers in self.layers]
         for i, (network, layers) in enumerate(zip(self.networks, self.layers)):
+
             def receive(k, x, i=i, layers=layers):
                 held[i][k] = layers[k].samples(x).clone()
+
             stream_inputs(network, layers, images, receive)
         for k in range(len(self.layers[0])):
             samples = [each[k] for each in held]

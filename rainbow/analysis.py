@@ -56,8 +56,14 @@ class LayerSummary:
 
     def cells(self) -> list[str]:
         error = "not aligned" if self.error is None else f"error {self.error:.3f}"
-        return [self.name, f"{self.neurons}×{self.dimension}", f"rank {self.rank}",
-                f"effective dimension {self.effective_dimension:.1f}", error, f"outside {100 * self.outside:.1f} %"]
+        return [
+            self.name,
+            f"{self.neurons}×{self.dimension}",
+            f"rank {self.rank}",
+            f"effective dimension {self.effective_dimension:.1f}",
+            error,
+            f"outside {100 * self.outside:.1f} %",
+        ]
 
 
 class Rainbow:
@@ -75,8 +81,13 @@ class Rainbow:
         self._moments: dict[str, Moments] = {}
 
     @classmethod
-    def fit(cls, networks: nn.Module | Sequence[nn.Module], loader: Iterable, layers: Sequence[str] | None = None,
-            num_iters: int = 2) -> Rainbow:
+    def fit(
+        cls,
+        networks: nn.Module | Sequence[nn.Module],
+        loader: Iterable,
+        layers: Sequence[str] | None = None,
+        num_iters: int = 2,
+    ) -> Rainbow:
         """The analysis of a network, or of several of one architecture, aligned to their mean.
 
         loader: anything that can be gone through again and again and yields (images, labels), or images alone where no
@@ -98,8 +109,9 @@ class Rainbow:
         skipped = {**found.skipped, **{name: "it is not asked for" for name in known if name not in chosen}}
         return cls(MeanNetwork.fit(networks, loader, layers=chosen, num_iters=num_iters), loader, skipped)
 
-    def align(self, other: nn.Module, layers: Sequence[str] | None = None, test: Iterable | None = None
-              ) -> dict[str, float]:
+    def align(
+        self, other: nn.Module, layers: Sequence[str] | None = None, test: Iterable | None = None
+    ) -> dict[str, float]:
         """The relative error of aligning another network to the (first) one, by layer of this one (paper, section 2).
 
         layers: names of the other network's layers, in the order of this one's (default: the same names). test: data
@@ -118,8 +130,9 @@ class Rainbow:
         self.errors = dict(zip(names, self.alignment.score_moments(scored, 0, 1)))
         return self.errors
 
-    def sample(self, widths: Sequence[int] | None = None, method: str = "gaussian", seed: int = 0, **options
-               ) -> nn.Module:
+    def sample(
+        self, widths: Sequence[int] | None = None, method: str = "gaussian", seed: int = 0, **options
+    ) -> nn.Module:
         """A rainbow network (paper, section 4): random weights of the same covariances, layer by layer.
 
         widths: neurons of every layer but the last (default: its own). method: "gaussian", "orthogonal" or "white".
@@ -131,8 +144,13 @@ class Rainbow:
         self.sample_result: RainbowSample = sampler.sample(seed)
         return self.sample_result.network
 
-    def clip(self, layer: str, basis: str | Tensor = "weight", ranks: Sequence[int] | None = None,
-             test: Iterable | None = None) -> tuple[list[int], np.ndarray]:
+    def clip(
+        self,
+        layer: str,
+        basis: str | Tensor = "weight",
+        ranks: Sequence[int] | None = None,
+        test: Iterable | None = None,
+    ) -> tuple[list[int], np.ndarray]:
         """Accuracy in percent of the (first) network with W_j restricted to the first d directions (paper, section 5).
 
         basis: "weight" (PCA of Ĉ_j), "kernel" (PCA of the layer's input), "random", or orthonormal columns (D, R).
@@ -168,8 +186,17 @@ class Rainbow:
             outside = 0.0
             if own.trace:
                 outside = bulk_test(own.eigenvalues.cpu().numpy(), layer.neurons, layer.dimension).outside
-            lines.append(LayerSummary(name, layer.neurons, layer.dimension, covariance.rank,
-                                      covariance.effective_dimension, self.errors.get(name), outside))
+            lines.append(
+                LayerSummary(
+                    name,
+                    layer.neurons,
+                    layer.dimension,
+                    covariance.rank,
+                    covariance.effective_dimension,
+                    self.errors.get(name),
+                    outside,
+                )
+            )
         return lines
 
     def table(self) -> str:
@@ -197,5 +224,8 @@ class Rainbow:
     @staticmethod
     def _warn(name, samples, dimension):
         if samples < dimension:
-            warnings.warn(f"layer {name}: {samples} samples for {dimension} dimensions do not determine the result: "
-                          "give more images", stacklevel=3)
+            warnings.warn(
+                f"layer {name}: {samples} samples for {dimension} dimensions do not determine the result: "
+                "give more images",
+                stacklevel=3,
+            )

@@ -153,7 +153,7 @@ class WeightCovariance:
         halves = [c.eigenvectors * c.eigenvalues.sqrt() for c in (self, reference)]
         triangle = torch.linalg.qr(torch.cat(_same_type(*halves), dim=1), mode="r").R
         signs = torch.ones(triangle.shape[1], dtype=torch.float64, device=triangle.device)
-        signs[len(self.eigenvalues):] = -1
+        signs[len(self.eigenvalues) :] = -1
         difference = torch.linalg.eigvalsh((triangle * signs) @ triangle.mH)
         return (schatten(difference, norm) / schatten(reference.eigenvalues, norm)).item()
 

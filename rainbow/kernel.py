@@ -21,8 +21,9 @@ from rainbow.moments import stream_inputs
 from utils.errors import UserError
 
 
-def layer_kernels(network: nn.Module, images: Tensor, layers: Sequence[str] | None = None, batch: int = 256
-                  ) -> list[Tensor]:
+def layer_kernels(
+    network: nn.Module, images: Tensor, layers: Sequence[str] | None = None, batch: int = 256
+) -> list[Tensor]:
     """k_j of the inputs of a network's weight layers (all, or those named) on n images; for complex ones its real part.
 
     images: (n, C, M, N). # [(n, n) float64, on the CPU]
@@ -80,9 +81,14 @@ class KernelConvergence:
         return "\n".join(lines)
 
 
-def kernel_convergence(trained: nn.Module, sample: Callable[[float, int], nn.Module], images: Tensor,
-                       scalings: Iterable[float], repeats: int = 5, layers: Sequence[str] | None = None
-                       ) -> KernelConvergence:
+def kernel_convergence(
+    trained: nn.Module,
+    sample: Callable[[float, int], nn.Module],
+    images: Tensor,
+    scalings: Iterable[float],
+    repeats: int = 5,
+    layers: Sequence[str] | None = None,
+) -> KernelConvergence:
     """Kernels of `repeats` ≥ 2 sampled networks of each width scaling against that of the trained network.
 
     sample: makes a network of a width scaling from a seed, 0 .. repeats − 1. images: (n, C, M, N).

@@ -69,8 +69,10 @@ class Layer:
         """
         weight = self.module.weight
         if tuple(matrix.shape) != (self.neurons, self.dimension):
-            raise UserError(f"layer {self.name}: weights of shape {tuple(matrix.shape)} do not fit: "
-                            f"({self.neurons}, {self.dimension}) is needed")
+            raise UserError(
+                f"layer {self.name}: weights of shape {tuple(matrix.shape)} do not fit: "
+                f"({self.neurons}, {self.dimension}) is needed"
+            )
         weight.copy_(matrix.reshape(weight.shape))
 
     def samples(self, x: Tensor, patches: bool = False) -> Tensor:
@@ -113,8 +115,9 @@ class Layer:
         grid = [(padded.shape[1 + axis] - reach[axis] - 1) // conv.stride[axis] + 1 for axis in axes]
         strides = [padded.stride(1 + axis) * conv.stride[axis] for axis in axes]
         steps = [padded.stride(1 + axis) * conv.dilation[axis] for axis in axes]
-        return padded.as_strided((len(padded), *grid, *conv.kernel_size, self.channels),
-                                 (padded.stride(0), *strides, *steps, 1))
+        return padded.as_strided(
+            (len(padded), *grid, *conv.kernel_size, self.channels), (padded.stride(0), *strides, *steps, 1)
+        )
 
     @cached_property
     def patch_order(self) -> Tensor:
@@ -152,8 +155,10 @@ def find_name(name: str, known: Iterable[str]) -> str:
     if name in known:
         return name
     near = difflib.get_close_matches(str(name), known, 3, 0.4)
-    raise UserError(f"no weight layer {name!r} in this network"
-                    + (f"; did you mean {' or '.join(near)}?" if near else f"; it has {', '.join(known)}"))
+    raise UserError(
+        f"no weight layer {name!r} in this network"
+        + (f"; did you mean {' or '.join(near)}?" if near else f"; it has {', '.join(known)}")
+    )
 
 
 def inspect(model: nn.Module, example_or_loader=None) -> Inspection:
@@ -176,8 +181,10 @@ def inspect(model: nn.Module, example_or_loader=None) -> Inspection:
             result.layers.append(_layer(name, module, flat.get(module)))
     _note_other_weights(model, candidates, result.skipped)
     if not result.layers:
-        raise UserError(f"{type(model).__name__} has no linear layer or convolution that could be analysed"
-                        + "".join(f"; {name}: {reason}" for name, reason in list(result.skipped.items())[:3]))
+        raise UserError(
+            f"{type(model).__name__} has no linear layer or convolution that could be analysed"
+            + "".join(f"; {name}: {reason}" for name, reason in list(result.skipped.items())[:3])
+        )
     return result
 
 
@@ -187,8 +194,10 @@ def check_finite(layers: Iterable[Layer]) -> None:
         weight = layer.module.weight.detach()
         bad = int((~torch.isfinite(torch.view_as_real(weight) if weight.is_complex() else weight)).sum())
         if bad:
-            raise UserError(f"layer {layer.name}: {bad} of its {weight.numel()} weights are not finite (NaN or "
-                            "infinite); the training has diverged, analyse an earlier epoch")
+            raise UserError(
+                f"layer {layer.name}: {bad} of its {weight.numel()} weights are not finite (NaN or "
+                "infinite); the training has diverged, analyse an earlier epoch"
+            )
 
 
 def make_example(model: nn.Module, example_or_loader=None) -> Tensor | None:
@@ -303,8 +312,14 @@ class _Flattenings(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         source = args[0] if args else None
-        if (isinstance(out, Tensor) and isinstance(source, Tensor) and out.ndim == 2 and source.ndim > 2
-                and out.shape[0] == source.shape[0] and out.numel() == source.numel()):
+        if (
+            isinstance(out, Tensor)
+            and isinstance(source, Tensor)
+            and out.ndim == 2
+            and source.ndim > 2
+            and out.shape[0] == source.shape[0]
+            and out.numel() == source.numel()
+        ):
             self.shapes[out.shape[1]] = tuple(source.shape[1:])
         return out
 
@@ -328,8 +343,9 @@ def _forward_order(model, candidates, example, flat):
             model(example)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{type(model).__name__} cannot process images of shape {tuple(example.shape)}: {first_line}") \
-            from error
+        raise UserError(
+            f"{type(model).__name__} cannot process images of shape {tuple(example.shape)}: {first_line}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

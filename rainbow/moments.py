@@ -104,9 +104,19 @@ class Moments:
         return self.arrays[key]
 
 
-def moments(networks: Sequence[nn.Module], layers, loader: Iterable, *, auto: bool = True,
-            cross: int | Sequence[tuple[int, int]] = (), patches: bool = False, means: bool = True,
-            device: torch.device | None = None, cache: Path | None = None, data_key: str | None = None) -> Moments:
+def moments(
+    networks: Sequence[nn.Module],
+    layers,
+    loader: Iterable,
+    *,
+    auto: bool = True,
+    cross: int | Sequence[tuple[int, int]] = (),
+    patches: bool = False,
+    means: bool = True,
+    device: torch.device | None = None,
+    cache: Path | None = None,
+    data_key: str | None = None,
+) -> Moments:
     """Second moments of the layers' inputs of several networks over the same data, in one pass.
 
     networks: any modules. layers: names (or `Layer`s) that all networks have, a list of lists of them, one for each
@@ -138,8 +148,9 @@ def moments(networks: Sequence[nn.Module], layers, loader: Iterable, *, auto: bo
     return _write(path, key, _stream(networks, chosen, loader, auto, pairs, patches, means, device))
 
 
-def stream_inputs(network: nn.Module, layers: Sequence[Layer], images: Tensor,
-                  receive: Callable[[int, Tensor], None]) -> None:
+def stream_inputs(
+    network: nn.Module, layers: Sequence[Layer], images: Tensor, receive: Callable[[int, Tensor], None]
+) -> None:
     """Runs the network until the input of every layer has been given to `receive(k, input)`, and no further.
 
     Raises UserError if the forward pass ends before a layer was called.
@@ -153,6 +164,7 @@ def stream_inputs(network: nn.Module, layers: Sequence[Layer], images: Tensor,
                 receive(k, args[0])
                 if not waiting:
                     raise _Enough
+
         return before
 
     handles = [layer.module.register_forward_pre_hook(hook(k)) for k, layer in enumerate(layers)]
@@ -198,9 +210,14 @@ class Patches:
         return self.layer.patch_windows(self.padded)
 
 
-def stream_samples(network: nn.Module, layers: Sequence[Layer], images: Tensor, patches: bool,
-                   receive: Callable[[int, Samples | Patches, nn.Module | None, bool], None],
-                   workspace: Workspace | None = None) -> None:
+def stream_samples(
+    network: nn.Module,
+    layers: Sequence[Layer],
+    images: Tensor,
+    patches: bool,
+    receive: Callable[[int, Samples | Patches, nn.Module | None, bool], None],
+    workspace: Workspace | None = None,
+) -> None:
     """The same as `receive(k, samples, norm, shared)`: samples of the input of layer k, or of that of the normalisation
     that leads to it, which stands for the layer's; `shared`: they lie in memory that may change.
 
@@ -288,8 +305,9 @@ def _update(key, tensor):
     key.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
 
 
-def resolve_layers(networks: Sequence[nn.Module], layers, loader: Iterable,
-                   device: torch.device | None = None) -> tuple[list[list[Layer]], torch.device]:
+def resolve_layers(
+    networks: Sequence[nn.Module], layers, loader: Iterable, device: torch.device | None = None
+) -> tuple[list[list[Layer]], torch.device]:
     """A list of `Layer`s for each network, the same number for all, and the device where the networks now are.
 
     Arguments and errors as for `moments`; one batch is read from the loader.
@@ -309,8 +327,9 @@ def resolve_layers(networks: Sequence[nn.Module], layers, loader: Iterable,
     if not numbers[0]:
         raise UserError("no layer is asked for: name at least one")
     if len(set(numbers)) > 1:
-        raise UserError(f"the networks have different numbers of layers ({', '.join(map(str, numbers))}): "
-                        "name those to compare")
+        raise UserError(
+            f"the networks have different numbers of layers ({', '.join(map(str, numbers))}): name those to compare"
+        )
     for each in chosen:
         check_finite(each)
     return chosen, device
@@ -349,8 +368,11 @@ class _Stream:
         self.auto = {place: ProductSum(workspace=self.workspace) for place in everywhere} if auto else {}
         self.channels = {place: ChannelSums() for place in everywhere}
         self.norms = {}
-        self.cross = {(*pair, k): ProductSum(any(layers[i][k].is_complex for i in pair), self.workspace)
-                      for pair in pairs for k in numbers}
+        self.cross = {
+            (*pair, k): ProductSum(any(layers[i][k].is_complex for i in pair), self.workspace)
+            for pair in pairs
+            for k in numbers
+        }
         self.partners = {i: [pair for pair in pairs if i == max(pair)] for i in range(len(networks))}
         self.last_use = {i: max([max(pair) for pair in pairs if i in pair], default=-1) for i in range(len(networks))}
         self.held = {}
@@ -381,8 +403,10 @@ class _Stream:
             a, b = self.held[pair[0], k], self.held[pair[1], k]
             if len(a) != len(b):
                 names = [self.layers[n][k].name for n in pair]
-                raise UserError(f"networks {pair[0]} and {pair[1]} have {len(a)} and {len(b)} samples of the same "
-                                f"images at their layers {names[0]} and {names[1]}: their feature maps differ in size")
+                raise UserError(
+                    f"networks {pair[0]} and {pair[1]} have {len(a)} and {len(b)} samples of the same "
+                    f"images at their layers {names[0]} and {names[1]}: their feature maps differ in size"
+                )
             self.cross[(*pair, k)].add(a, b)
 
     def finish(self):

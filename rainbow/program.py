@@ -24,8 +24,12 @@ from rainbow.moments import input_of
 from rainbow.samples import Samples
 
 INPUT = "x"
-IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
-            operator.itruediv: operator.truediv}
+IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 NORMS = (nn.modules.batchnorm._BatchNorm, Standardization)
 
 

@@ -89,8 +89,9 @@ class Samples:
         """The same, so many samples at a time: ROWS_AT_ONCE, or as many as make NUMBERS_AT_ONCE."""
         rows = rows or max(ROWS_AT_ONCE, NUMBERS_AT_ONCE // self.real.shape[1])
         for start in range(0, len(self), rows):
-            real, imaginary = (None if part is None else part[start : start + rows]
-                               for part in (self.real, self.imaginary))
+            real, imaginary = (
+                None if part is None else part[start : start + rows] for part in (self.real, self.imaginary)
+            )
             yield replace(self, real=real, imaginary=imaginary)
 
     def parts(self) -> list[tuple[str, Tensor, Tensor | None]]:
@@ -259,8 +260,9 @@ def affine_of(norm: nn.Module | None) -> tuple[Tensor | float, Tensor | float, T
     return mean, scale, 0.0 if shift is None else _double(shift)
 
 
-def normalized_product(K: Tensor, mean_a: Tensor, norm_a: nn.Module | None, mean_b: Tensor, norm_b: nn.Module | None
-                       ) -> Tensor:
+def normalized_product(
+    K: Tensor, mean_a: Tensor, norm_a: nn.Module | None, mean_b: Tensor, norm_b: nn.Module | None
+) -> Tensor:
     """E[φ_a φ_b^H] after normalisations φ = (f - m) s + t, from K = E[f_a f_b^H] (its real part, or all) and E[f]."""
     (m_a, s_a, t_a), (m_b, s_b, t_b) = affine_of(norm_a), affine_of(norm_b)
     zero_a, zero_b = torch.zeros_like(mean_a), torch.zeros_like(mean_b)

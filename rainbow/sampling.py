@@ -81,9 +81,18 @@ def draw_neurons(count: int, neurons: int, generator: torch.Generator) -> Tensor
 class RainbowSampler:
     """Samples rainbow networks of a trained network, or of a set of them through their mean network."""
 
-    def __init__(self, reference: MeanNetwork, loader: Iterable, *, test: Iterable | None = None,
-                 method: str = "gaussian", widths: Sequence[int] | None = None, align_on_test: bool = False,
-                 memory: int | None = None, progress: Callable[[Iterable, str], Iterable] | None = None):
+    def __init__(
+        self,
+        reference: MeanNetwork,
+        loader: Iterable,
+        *,
+        test: Iterable | None = None,
+        method: str = "gaussian",
+        widths: Sequence[int] | None = None,
+        align_on_test: bool = False,
+        memory: int | None = None,
+        progress: Callable[[Iterable, str], Iterable] | None = None,
+    ):
         """reference: a `MeanNetwork`, of one network or more, of the same architecture. loader, test: (images, labels)
         of the training and test set, always in the same order; accuracies are of the test set, where there is one.
         method: "gaussian", "orthogonal" or "white". widths: N_j of the new network's layers but the last (default: the
@@ -143,8 +152,9 @@ class RainbowSampler:
             raise UserError(f"all weight layers must be sampled together, but {left_out[0]} is left out")
 
 
-def sample_network(networks: nn.Module | Sequence[nn.Module], loader: Iterable, seed: int = 0,
-                   **options) -> RainbowSample:
+def sample_network(
+    networks: nn.Module | Sequence[nn.Module], loader: Iterable, seed: int = 0, **options
+) -> RainbowSample:
     """A rainbow network of a trained network, or of several through their mean network; options of `RainbowSampler`."""
     networks = [networks] if isinstance(networks, nn.Module) else networks
     return RainbowSampler(MeanNetwork.fit(networks, loader), loader, **options).sample(seed)
@@ -156,8 +166,9 @@ class Activations:
     The networks have the same steps.
     """
 
-    def __init__(self, programs: Sequence[Program], loader: Iterable, memory: int,
-                 progress: Callable[[Iterable, str], Iterable]):
+    def __init__(
+        self, programs: Sequence[Program], loader: Iterable, memory: int, progress: Callable[[Iterable, str], Iterable]
+    ):
         self.programs, self.loader, self.memory, self.progress = list(programs), loader, memory, progress
         self.device = device_of(programs[0].network)
         self.position, self.kept, self.images = 0, [], None
@@ -178,7 +189,7 @@ class Activations:
                 envs = [program.run(env, start, keep) for program, env in zip(self.programs, envs)]
             if keep:
                 kept.append((envs, labels))
-            wanted = list(zip(self.programs, envs))[0 if all_networks else -1:]
+            wanted = list(zip(self.programs, envs))[0 if all_networks else -1 :]
             yield [program.run(env, keep, position) for program, env in wanted], labels
         self.position, self.kept = keep, kept
 
@@ -328,8 +339,10 @@ class _Construction:
         counts = [layers[k].neurons for layers in self.reference.layers]
         chosen = draw_neurons(sum(counts), self.layers[k].neurons, generator)
         for name in names:
-            parts = [trained.get_parameter(name).detach().unflatten(0, (count, -1))
-                     for trained, count in zip(self.reference.networks, counts)]
+            parts = [
+                trained.get_parameter(name).detach().unflatten(0, (count, -1))
+                for trained, count in zip(self.reference.networks, counts)
+            ]
             pool = torch.cat(parts)  # (ΣN, m, ...)
             self.network.get_parameter(name).copy_(pool[chosen.to(pool.device)].flatten(0, 1))
 
@@ -369,8 +382,11 @@ class _Construction:
         module = self.layers[k].module
         if self.sampler.test is None or not self._is_a_value(module) or k == len(self.layers) - 1:
             return []
-        return [name for name in self.program.live(self.program.place(module))
-                if name in self.touched and name != self._key(self.layers[k]) and name not in self.rotations]
+        return [
+            name
+            for name in self.program.live(self.program.place(module))
+            if name in self.touched and name != self._key(self.layers[k]) and name not in self.rotations
+        ]
 
     def _measure(self, k):
         """The accuracy before layer k is drawn: trained layers from k on, aligned to the new network before them."""
@@ -423,8 +439,9 @@ class _CrossCovariance:
         self.layer = construction.layers[k]
         self.module = self.layer.module if norm is None else norm
         self.position = construction.program.place(self.module)
-        self.originals = [(program, layers[k]) for program, layers in
-                          zip(construction.originals, construction.reference.layers)]
+        self.originals = [
+            (program, layers[k]) for program, layers in zip(construction.originals, construction.reference.layers)
+        ]
         self.products = [ProductSum(self.layer.is_complex) for _ in self.originals]
         self.sums = [ChannelSums() for _ in range(len(self.originals) + 1)]  # the last is the new network's
         self.count = 0
@@ -436,7 +453,8 @@ class _CrossCovariance:
         self.count += len(own)
         for index, (program, layer) in enumerate(self.originals):
             trained = program.steps[self.position].samples_of(
-                self._counterpart(program, layer), envs[index], layer if is_layer else None)
+                self._counterpart(program, layer), envs[index], layer if is_layer else None
+            )
             self.products[index].add(trained, own)
             if self.norm is not None:
                 self.sums[index].add(trained)
@@ -447,16 +465,22 @@ class _CrossCovariance:
         """E[φ_ref φ_new^H]; sets the new network's normalisation. Warns where there are too few samples."""
         K = [product.total() / self.count for product in self.products]
         if self.count < max(K[0].shape):
-            warnings.warn(f"layer {self.layer.name}: {self.count} samples for {max(K[0].shape)} channels do not "
-                          "determine an alignment: give more images", stacklevel=2)
+            warnings.warn(
+                f"layer {self.layer.name}: {self.count} samples for {max(K[0].shape)} channels do not "
+                "determine an alignment: give more images",
+                stacklevel=2,
+            )
         if self.norm is not None:
             _set_statistics(self.norm, self.sums[-1])
             for index, (program, layer) in enumerate(self.originals):
-                K[index] = normalized_product(K[index], self.sums[index].mean, self._counterpart(program, layer),
-                                              self.sums[-1].mean, self.norm)
+                K[index] = normalized_product(
+                    K[index], self.sums[index].mean, self._counterpart(program, layer), self.sums[-1].mean, self.norm
+                )
         alignments = [each[self.k].to(K[0].device) for each in self.construction.reference.alignments]
-        return sum(A.mH.to(torch.promote_types(A.dtype, each.dtype)) @ each.to(torch.promote_types(A.dtype, each.dtype))
-                   for A, each in zip(alignments, K)) / len(K)
+        return sum(
+            A.mH.to(torch.promote_types(A.dtype, each.dtype)) @ each.to(torch.promote_types(A.dtype, each.dtype))
+            for A, each in zip(alignments, K)
+        ) / len(K)
 
     def _counterpart(self, program, layer):
         """The trained network's module in place of `module`."""

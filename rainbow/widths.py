@@ -25,6 +25,7 @@ def call_order(network: nn.Module, example: Tensor) -> list[tuple[str, nn.Module
         def before(module, args):
             if (name, module) not in order:
                 order.append((name, module))
+
         return before
 
     for name, module in network.named_modules():
@@ -53,14 +54,23 @@ def neuron_parameters(calls: Sequence[tuple[str, nn.Module]], layers: Sequence[L
             continue
         for key, parameter in module.named_parameters(recurse=False):
             is_weight = module in position and key == "weight"
-            if not is_weight and parameter.ndim and parameter.numel() == parameter.shape[0] \
-                    and parameter.shape[0] % layers[current].neurons == 0:
+            if (
+                not is_weight
+                and parameter.ndim
+                and parameter.numel() == parameter.shape[0]
+                and parameter.shape[0] % layers[current].neurons == 0
+            ):
                 names[current].append(f"{name}.{key}")
     return names
 
 
-def resize(network: nn.Module, layers: Sequence[Layer], widths: Sequence[int], example: Tensor,
-           calls: Sequence[tuple[str, nn.Module]]) -> nn.Module:
+def resize(
+    network: nn.Module,
+    layers: Sequence[Layer],
+    widths: Sequence[int],
+    example: Tensor,
+    calls: Sequence[tuple[str, nn.Module]],
+) -> nn.Module:
     """A copy of the network whose layers but the last have the given numbers of neurons, its weights not yet set.
 
     Where shapes stay, so do values. Raises UserError if the widths do not fit together (at the sum of a shortcut).
@@ -78,8 +88,12 @@ def _resize_scattering(network, layers, widths):
     for config, block in zip(network.config.blocks, network.blocks):
         if block.P in by_module:
             kind = next(name for name, module in block.body.named_children() if module is block.P)
-            config = replace(config, projection_initialization=None, projection_eigenvalues=None,
-                             **{f"{kind}_size": by_module[block.P]})
+            config = replace(
+                config,
+                projection_initialization=None,
+                projection_eigenvalues=None,
+                **{f"{kind}_size": by_module[block.P]},
+            )
         blocks.append(config)
     with as_user_error("these widths fit no network: "), torch.random.fork_rng(devices=[]):
         resized = ScatNet(replace(network.config, blocks=tuple(blocks)))
@@ -110,8 +124,10 @@ def _resize_modules(network, layers, widths, example, calls):
         with evaluating(resized):
             resized(example)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the widths {' '.join(map(str, widths))} do not fit together: {str(error).splitlines()[0]} "
-                        "(layers whose outputs are added need the same width)") from error
+        raise UserError(
+            f"the widths {' '.join(map(str, widths))} do not fit together: {str(error).splitlines()[0]} "
+            "(layers whose outputs are added need the same width)"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -151,8 +167,10 @@ def checked_widths(widths: Sequence[int] | None, layers: Sequence[Layer]) -> lis
         return own
     widths = list(widths)
     if len(widths) != len(own):
-        raise UserError(f"{len(widths)} widths are given for {len(own)} layers before the classifier, whose widths are "
-                        f"{' '.join(map(str, own))}: give {len(own)}")
+        raise UserError(
+            f"{len(widths)} widths are given for {len(own)} layers before the classifier, whose widths are "
+            f"{' '.join(map(str, own))}: give {len(own)}"
+        )
     for width in widths:
         if int(width) != width or width < 1:
             raise UserError(f"a width is a positive integer, not {width}")

@@ -4,6 +4,7 @@
 
 Every program of the trial computes with one thread, so that many can run on a small machine.
 """
+
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported

@@ -1,4 +1,5 @@
 """Runs the checks and prints what they found: python -m soak (--help lists the options)."""
+
 import argparse
 import random
 import shutil
@@ -14,11 +15,19 @@ from soak.trial import Trial
 from utils.experiments.processes import warm_up
 
 CHECKS = {
-    "training-killed": kills.training_killed, "sampling-killed": kills.sampling_killed,
-    "runner-killed": kills.runner_killed, "terminated": kills.terminated, "disk-full": disks.full,
-    "checkpoint-damaged": disks.damaged, "two-at-once": locks.two_at_once, "diverged": divergence.diverged,
-    "hostile-files": hostile.refused, "names": hostile.names, "ranks": ranks.ranks, "imagenet-load": load.imagenet,
-}  # fmt: skip
+    "training-killed": kills.training_killed,
+    "sampling-killed": kills.sampling_killed,
+    "runner-killed": kills.runner_killed,
+    "terminated": kills.terminated,
+    "disk-full": disks.full,
+    "checkpoint-damaged": disks.damaged,
+    "two-at-once": locks.two_at_once,
+    "diverged": divergence.diverged,
+    "hostile-files": hostile.refused,
+    "names": hostile.names,
+    "ranks": ranks.ranks,
+    "imagenet-load": load.imagenet,
+}
 WIDTH = 100
 SHOWN = 15  # lines of a failure
 
@@ -27,8 +36,14 @@ def parser():
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m soak", description="Trial of what the README promises.")
     top.add_argument("--kills", type=int, default=30, metavar="N", help="kills of each program (default 30)")
-    top.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME",
-                     help=f"these checks: {', '.join(CHECKS)}")
+    top.add_argument(
+        "--only",
+        nargs="+",
+        choices=CHECKS,
+        default=list(CHECKS),
+        metavar="NAME",
+        help=f"these checks: {', '.join(CHECKS)}",
+    )
     top.add_argument("--seed", type=int, help="of the moments and damages (default: another each time, printed)")
     return top
 

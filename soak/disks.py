@@ -1,4 +1,5 @@
 """Disks: writes that fail, and checkpoints that are no longer what was written."""
+
 import itertools
 import os
 import re
@@ -52,8 +53,12 @@ def _judge(trial, failed, script, root):
     file = os.path.basename(re.search(r"full_disk: (.*)", failed.output)[1])
     name = re.match(r"\.?(\w+)", file)[1]
     name = {"probe": "lock", "previous": "last"}.get(name, name)  # what is tried out, or moved out of the way, for it
-    trial.expect(f"could not write {root}" in failed.last_line and f"/{name}" in failed.last_line
-                 and "Traceback" not in failed.output, f"not named: {name}\n{failed.output}")  # fmt: skip
+    trial.expect(
+        f"could not write {root}" in failed.last_line
+        and f"/{name}" in failed.last_line
+        and "Traceback" not in failed.output,
+        f"not named: {name}\n{failed.output}",
+    )
 
 
 DAMAGES = ("truncated", "flipped", "zeroed", "emptied", "removed")
@@ -82,8 +87,10 @@ def damaged(trial, rounds=30):
         trial.expect(says or kind in ("flipped", "zeroed", "removed"), f"{kind}, not noticed:\n{ended.output}")
         noticed, harmless = noticed + says, harmless + (not says and kind in ("flipped", "zeroed"))
     _both_damaged(trial, stopped)
-    return (f"{rounds} checkpoints damaged ({', '.join(DAMAGES)}): {noticed} noticed and the one before used, "
-            f"{harmless} in bits without meaning; all ended in the same bits; with both damaged nothing is removed")
+    return (
+        f"{rounds} checkpoints damaged ({', '.join(DAMAGES)}): {noticed} noticed and the one before used, "
+        f"{harmless} in bits without meaning; all ended in the same bits; with both damaged nothing is removed"
+    )
 
 
 def _damage(random, kind, path):

@@ -1,4 +1,5 @@
 """A loss that is not a finite number ends a run, and says where."""
+
 import re
 
 import torch

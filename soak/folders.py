@@ -1,4 +1,5 @@
 """What a folder of runs holds: whether every file of it can be read, and whether it is what another folder holds."""
+
 import csv
 import json
 import time
@@ -28,8 +29,10 @@ def _lasting_complaint(path):
 
 def differences(root, other, ignored=()):
     """A line for everything in which the folders differ but for times, places, what was printed and `ignored` files."""
-    names, others = ({path.relative_to(folder): path for path in files(folder) if path.name not in ignored}
-                     for folder in (root, other))  # fmt: skip
+    names, others = (
+        {path.relative_to(folder): path for path in files(folder) if path.name not in ignored}
+        for folder in (root, other)
+    )
     found = [f"{name}: only in one of the folders" for name in sorted(names.keys() ^ others.keys())]
     for name in sorted(names.keys() & others.keys()):
         if name.suffix in (".pt", ".csv") and not same(_content(names[name]), _content(others[name])):
@@ -44,8 +47,11 @@ def left_overs(root):
 
 def files(root):
     """The files of runs under `root`."""
-    return [path for path in sorted(Path(root).rglob("*"))
-            if path.is_file() and not path.name.startswith(".") and path.name != "lock"]  # fmt: skip
+    return [
+        path
+        for path in sorted(Path(root).rglob("*"))
+        if path.is_file() and not path.name.startswith(".") and path.name != "lock"
+    ]
 
 
 def same(a, b):

@@ -5,6 +5,7 @@
 Files opened for writing, renames and links under FOLDER are counted. At the Nth, files may no longer grow (EFBIG,
 which the kernel gives as it gives ENOSPC) or the rename is refused; "full_disk: PATH" on stderr says which it was.
 """
+
 import errno
 import os
 import resource

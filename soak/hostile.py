@@ -1,4 +1,5 @@
 """Files from others that would run code if they could, and names that lead out of the folder of checkpoints."""
+
 import json
 import os
 import pickle
@@ -36,8 +37,10 @@ def refused(trial):
     attempts = [*_checkpoints(root, marker), *_matrices(root, marker), *_arguments(root), *_data(root, marker)]
     for path, command in attempts:
         ended = run(command)
-        trial.expect(ended.status == 2 and str(path) in ended.last_line and "Traceback" not in ended.output,
-                     f"{path}: status {ended.status}\n{ended.output}")  # fmt: skip
+        trial.expect(
+            ended.status == 2 and str(path) in ended.last_line and "Traceback" not in ended.output,
+            f"{path}: status {ended.status}\n{ended.output}",
+        )
         trial.expect(not marker.exists(), f"{path}: ITS CODE WAS RUN by {command}")
     return f"{len(attempts)} files refused, none of their code was run, each named in one line"
 
@@ -48,8 +51,11 @@ def names(trial):
     root.mkdir()
     trial.expect_status(run(training(root, "done")), 0)
     before = sorted(trial.folder.rglob("*"))
-    commands = [command for name in NAMES for command in (
-        training(root, name), sampling(root, name), sampling(root, "done", "--dir", name))]  # fmt: skip
+    commands = [
+        command
+        for name in NAMES
+        for command in (training(root, name), sampling(root, name), sampling(root, "done", "--dir", name))
+    ]
     for command in commands:
         ended = run(command)
         trial.expect(ended.status == 2 and "must stay inside" in ended.last_line, f"{command}: {ended.output}")
@@ -132,7 +138,7 @@ def _data(root, marker):
         folder.mkdir(parents=True)
         for file in files:
             (folder / file).write_bytes(pickle.dumps(hostile, 2))
-    network, rest = SMALL[len(DIGITS):], [*DIGITS[1:], "--epochs", "1", "--checkpoints", str(root), "--dir", "new"]
+    network, rest = SMALL[len(DIGITS) :], [*DIGITS[1:], "--epochs", "1", "--checkpoints", str(root), "--dir", "new"]
     yield cifar / CIFAR[0], ["main_block.py", "--cifar10", "--data-dir", str(root / "data"), *network, *rest]
     yield imagenet32, ["main_block.py", "--dataset", "imagenet32", "--data", str(imagenet32), *network, *rest]
 

@@ -1,4 +1,5 @@
 """Kills: programs that end at random moments, and what the next start makes of what they leave."""
+
 import shutil
 import signal
 import time
@@ -52,8 +53,10 @@ def _killed(trial, command, source=None, ignored=()):
             trial.expect_readable(root)
         trial.expect_status(program, 0)
         trial.expect_same(root, whole, ignored)
-    return (f"{kills} kills survived ({aimed} of them while a file was half-written) in {runs} runs that ended in the "
-            "bits of an undisturbed one; after each kill every file could be read")
+    return (
+        f"{kills} kills survived ({aimed} of them while a file was half-written) in {runs} runs that ended in the "
+        "bits of an undisturbed one; after each kill every file could be read"
+    )
 
 
 def _await_moment(trial, program, root, seconds):
@@ -105,5 +108,7 @@ def terminated(trial):
         trial.expect_same(root, whole, ignored=["previous.pt"])  # which may be that of the stop
     shutil.rmtree(whole)
     trial.expect(slowest < 30, f"the slowest needed {slowest:.1f} s")
-    return (f"{saved} stops ended with a checkpoint and status 143, the slowest in {slowest:.1f} s "
-            f"({early} more before training began); all went on to the same bits")
+    return (
+        f"{saved} stops ended with a checkpoint and status 143, the slowest in {slowest:.1f} s "
+        f"({early} more before training began); all went on to the same bits"
+    )

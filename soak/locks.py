@@ -1,4 +1,5 @@
 """Two at once on one folder: one holds it, the others are told who."""
+
 from soak.programs import Program, run, sampling, training, wait_for
 from utils.lock import Lock
 from utils.runs.checkpoints import RunFolder
@@ -20,8 +21,10 @@ def two_at_once(trial, races=6, starts=3):
         refused += _race(trial, root, starts)
         trial.expect_status(run(training(root)), 0)
         trial.expect_same(root, whole)
-    return (f"{refused} starts on a folder in use refused, its holder named; {taken} locks of killed processes taken; "
-            f"{races} races of {starts} had one winner and the bits of an undisturbed run")
+    return (
+        f"{refused} starts on a folder in use refused, its holder named; {taken} locks of killed processes taken; "
+        f"{races} races of {starts} had one winner and the bits of an undisturbed run"
+    )
 
 
 def _refused_while_held(trial):
@@ -52,8 +55,10 @@ def _race(trial, root, starts):
             program.wait()
     won = [program for program in programs if program.status == 0]
     lost = [program for program in programs if program.status != 0]
-    trial.expect(won and all(_is_refusal(program) for program in lost),
-                 "\n".join(f"{program.status}: {program.output}" for program in programs))  # fmt: skip
+    trial.expect(
+        won and all(_is_refusal(program) for program in lost),
+        "\n".join(f"{program.status}: {program.output}" for program in programs),
+    )
     trial.expect(sum("finished already" not in program.output for program in won) == 1, "there were several winners")
     return len(lost)
 

@@ -1,4 +1,5 @@
 """The programs on trial: started in forks of this process, waited for, killed; small commands for them."""
+
 import contextlib
 import os
 import signal
@@ -11,8 +12,12 @@ from utils.experiments.processes import start_fresh, start_warm
 FOLDER = Path(__file__).resolve().parents[1]
 PATIENCE = 900  # seconds after which a program that does not end has failed
 DIGITS = "--digits --data-subset 0:20 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 64 --device cpu".split()
-SMALL = [*DIGITS, *"--n-blocks 2 --factorize-filters 0 --scat-angles 4 --psi-arch mod --Pr-size 4 8 "
-         "--classifier-batch-norm std --no-classifier-bias -a".split(), "Fw Std Pr N"]  # fmt: skip
+SMALL = [
+    *DIGITS,
+    *"--n-blocks 2 --factorize-filters 0 --scat-angles 4 --psi-arch mod --Pr-size 4 8 "
+    "--classifier-batch-norm std --no-classifier-bias -a".split(),
+    "Fw Std Pr N",
+]
 RESNET = [*DIGITS, *"--arch resnet18-custom --standard-width-scaling 0.1 --resize-images 32 --lr 0.001".split()]
 
 
@@ -23,14 +28,40 @@ def training(root, name="run", *more):
 
 def sampling(root, name="run", *more):
     """The command that samples three networks from the training `name`."""
-    return ["resample.py", "--experiment", name, "--checkpoints", str(root), "--device", "cpu", "--num-repeats", "3",
-            *map(str, more)]  # fmt: skip
+    return [
+        "resample.py",
+        "--experiment",
+        name,
+        "--checkpoints",
+        str(root),
+        "--device",
+        "cpu",
+        "--num-repeats",
+        "3",
+        *map(str, more),
+    ]
 
 
 def experiments(root, *more):
     """The command that runs the four experiments of the narrowest network of figure 3, two epochs each."""
-    return ["run_exps.py", "--scale", "laptop", "--match", "^(?=.*WP2WP4WP8WP8-norm)(?!.*-init)", "--device", "cpu",
-            "--epochs", "2", "--data-subset", "0:20", "--checkpoints", str(root), "--jobs", "2", *map(str, more)]
+    return [
+        "run_exps.py",
+        "--scale",
+        "laptop",
+        "--match",
+        "^(?=.*WP2WP4WP8WP8-norm)(?!.*-init)",
+        "--device",
+        "cpu",
+        "--epochs",
+        "2",
+        "--data-subset",
+        "0:20",
+        "--checkpoints",
+        str(root),
+        "--jobs",
+        "2",
+        *map(str, more),
+    ]
 
 
 class Program:

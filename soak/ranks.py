@@ -1,4 +1,5 @@
 """Several processes: torchrun's ranks train as one process does, and a run goes on with another number of them."""
+
 import signal
 
 from soak.programs import RESNET, Program, run, training, wait_for
@@ -25,8 +26,10 @@ def ranks(trial):
     said = (root / "scattering-two" / "log.txt").read_text()
     trial.expect("it is not scaled" in said, "nothing is said of the learning rate")
     _stopped(trial, root)
-    return (f"losses of 2 ranks are those of one process within {worst:.0e}, a run of 2 went on with 3 and with 1; "
-            "SIGTERM to torchrun ended all with one checkpoint")
+    return (
+        f"losses of 2 ranks are those of one process within {worst:.0e}, a run of 2 went on with 3 and with 1; "
+        "SIGTERM to torchrun ended all with one checkpoint"
+    )
 
 
 def torchrun(size, command):
@@ -38,8 +41,12 @@ def _distance(trial, folder, other):
     """The largest relative difference between the losses of two runs."""
     rows, others = (each.checkpoint()["history"] for each in (folder, other))
     trial.expect(len(rows) == len(others), f"{folder.path}: other epochs than {other.path}")
-    worst = max(abs(row[key] - its[key]) / abs(row[key]) for row, its in zip(rows, others)
-                for key in ("train_loss", "val_loss") if row[key] is not None)  # fmt: skip
+    worst = max(
+        abs(row[key] - its[key]) / abs(row[key])
+        for row, its in zip(rows, others)
+        for key in ("train_loss", "val_loss")
+        if row[key] is not None
+    )
     trial.expect(worst < TOLERANCE, f"losses in {folder.path} and {other.path} differ by {worst:.1e}")
     return worst
 

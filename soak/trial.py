@@ -1,4 +1,5 @@
 """One check at work: a folder to write to, random numbers, and what did not hold."""
+
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ class Trial:
 
     def expect_status(self, program, *statuses):
         """A program should have ended with one of the statuses."""
-        return self.expect(program.status in statuses,
-                           f"{program.command[0]} ended with {program.status}:\n{program.output[-1500:]}")  # fmt: skip
+        return self.expect(
+            program.status in statuses, f"{program.command[0]} ended with {program.status}:\n{program.output[-1500:]}"
+        )
 
     def expect_readable(self, root):
         for complaint in unreadable(root):

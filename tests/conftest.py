@@ -1,4 +1,5 @@
 """Fixtures shared by all tests."""
+
 from pathlib import Path
 
 import pytest

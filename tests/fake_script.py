@@ -3,6 +3,7 @@
 An "epoch" hashes the state before it, so that an interrupted run ends as an uninterrupted one only if it resumed
 right. FAKE_SECONDS: length of an epoch. FAKE_FAIL, FAKE_KILL: regular expressions of the runs that fail, or die.
 """
+
 import hashlib
 import json
 import os

@@ -1,4 +1,5 @@
 """Writes small data sets in the formats the real ones are published in."""
+
 import pickle
 import struct
 

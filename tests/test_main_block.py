@@ -1,4 +1,5 @@
 """The program as it is run: exit statuses, one-line errors, nothing left behind, kills, and several processes."""
+
 import contextlib
 import multiprocessing
 import os
@@ -48,25 +49,28 @@ def truncated(path):
     os.truncate(path, os.path.getsize(path) // 2)
 
 
-@pytest.mark.parametrize("network, more, says", [
-    ("norm", ["-a", "Fw Std Prr"], "did you mean 'Pr'"),
-    ("norm", ["--n-blocks", "9", "--Pr-size", "4"], "too small"),
-    ("norm", ["--Pr-size", "4", "8", "16"], "3 values for 2 blocks"),
-    ("norm", ["--Pr-size", "0"], "0 is not a positive integer"),
-    ("norm", ["-a", "mod Fw Std Pr"], "input is real"),
-    ("norm", ["--resume", "missing.pt"], "missing.pt: no such checkpoint"),
-    ("norm", ["--resume", "foreign.pt"], "no state_dict"),
-    ("norm", ["--resume", "truncated.pt"], "truncated.pt: damaged"),
-    ("norm", ["--resume", "other.pt", "--restart"], "other.pt: weights of another network"),
-    ("norm", ["--dir", "../x"], "must stay inside checkpoints"),
-    ("norm", ["--dir", "file/x"], "file/x: cannot be written"),
-    ("norm", ["--device", "cuda"], "no usable CUDA GPU"),
-    ("norm", ["--device", "tpu"], "--device tpu"),
-    ("norm", ["--tf32"], "--tf32"),
-    ("norm", ["--dataset", "mnist"], "not allowed with"),
-    ("norm", ["--evaluate", "--dir", "nothing"], "no such checkpoint"),
-    ("vgg", ["--arch", "resnet17-custom"], "resnet17-custom"),
-])
+@pytest.mark.parametrize(
+    "network, more, says",
+    [
+        ("norm", ["-a", "Fw Std Prr"], "did you mean 'Pr'"),
+        ("norm", ["--n-blocks", "9", "--Pr-size", "4"], "too small"),
+        ("norm", ["--Pr-size", "4", "8", "16"], "3 values for 2 blocks"),
+        ("norm", ["--Pr-size", "0"], "0 is not a positive integer"),
+        ("norm", ["-a", "mod Fw Std Pr"], "input is real"),
+        ("norm", ["--resume", "missing.pt"], "missing.pt: no such checkpoint"),
+        ("norm", ["--resume", "foreign.pt"], "no state_dict"),
+        ("norm", ["--resume", "truncated.pt"], "truncated.pt: damaged"),
+        ("norm", ["--resume", "other.pt", "--restart"], "other.pt: weights of another network"),
+        ("norm", ["--dir", "../x"], "must stay inside checkpoints"),
+        ("norm", ["--dir", "file/x"], "file/x: cannot be written"),
+        ("norm", ["--device", "cuda"], "no usable CUDA GPU"),
+        ("norm", ["--device", "tpu"], "--device tpu"),
+        ("norm", ["--tf32"], "--tf32"),
+        ("norm", ["--dataset", "mnist"], "not allowed with"),
+        ("norm", ["--evaluate", "--dir", "nothing"], "no such checkpoint"),
+        ("vgg", ["--arch", "resnet17-custom"], "resnet17-custom"),
+    ],
+)
 def test_every_mistake_is_one_line_and_leaves_nothing(capsys, monkeypatch, network, more, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
@@ -83,11 +87,17 @@ def test_every_mistake_is_one_line_and_leaves_nothing(capsys, monkeypatch, netwo
 
 
 def test_mistakes_at_the_command_line_have_no_usage_dump():
-    ended = subprocess.run([sys.executable, ROOT / "main_block.py", "--digits", "-a", "Fw", "--lr", "fast"],
-                           capture_output=True, text=True, env=ONE_THREAD)
+    ended = subprocess.run(
+        [sys.executable, ROOT / "main_block.py", "--digits", "-a", "Fw", "--lr", "fast"],
+        capture_output=True,
+        text=True,
+        env=ONE_THREAD,
+    )
     assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr == ("main_block.py: error: argument --lr/--learning-rate: 'fast' is not a number of at least "
-                            "0 (--help lists all options)\n")
+    assert ended.stderr == (
+        "main_block.py: error: argument --lr/--learning-rate: 'fast' is not a number of at least "
+        "0 (--help lists all options)\n"
+    )
 
 
 def test_devices_are_picked_by_name(monkeypatch):
@@ -104,7 +114,7 @@ def test_devices_are_picked_by_name(monkeypatch):
 
 def test_a_run_without_a_name_gets_one_and_a_finished_one_is_left_alone(capsys):
     argv = command("norm", "run", "--epochs", "1")
-    del argv[argv.index("--dir"):argv.index("--dir") + 2]
+    del argv[argv.index("--dir") : argv.index("--dir") + 2]
     assert main_block.main(argv) == 0
     (folder,) = Path("checkpoints").iterdir()
     assert folder.name.startswith("digits-Fw-Std-Pr-N-")
@@ -149,8 +159,10 @@ def test_retraining_the_classifier_goes_on_exactly():
     whole = train("frozen", "whole", *start)
     train("frozen", "run", *start, "--epochs", "1")
     assert is_same(train("frozen", "run", *start), whole)
-    assert torch.equal(whole["state_dict"]["blocks.1.body.Pr.weight"],
-                       load("checkpoints/trained/last.pt")["state_dict"]["blocks.1.body.Pr.weight"])
+    assert torch.equal(
+        whole["state_dict"]["blocks.1.body.Pr.weight"],
+        load("checkpoints/trained/last.pt")["state_dict"]["blocks.1.body.Pr.weight"],
+    )
 
 
 def test_evaluation_prints_what_training_measured(capsys):
@@ -248,8 +260,10 @@ def run_ranks(started, size, argv):
         port = free.getsockname()[1]
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     with contextlib.ExitStack() as stack:
-        ranks = [stack.enter_context(started(argv, {**environ, "RANK": str(r), "LOCAL_RANK": str(r)}, f"log{r}"))
-                 for r in range(size)]
+        ranks = [
+            stack.enter_context(started(argv, {**environ, "RANK": str(r), "LOCAL_RANK": str(r)}, f"log{r}"))
+            for r in range(size)
+        ]
         for process in ranks:
             process.join(120)
         assert [process.exitcode for process in ranks] == [0] * size, Path("log1").read_text()
@@ -259,11 +273,14 @@ def losses(checkpoint):
     return [row[key] for row in checkpoint["history"] for key in ("train_loss", "val_loss") if row[key] is not None]
 
 
-@pytest.mark.parametrize("network, more", [
-    ("norm", []),
-    ("complex", ["--batch-size", "61"]),
-    ("vgg", ["--arch", "resnet18-custom", "--standard-width-scaling", "0.1", "--lr", "0.001", "--epochs", "1"]),
-])
+@pytest.mark.parametrize(
+    "network, more",
+    [
+        ("norm", []),
+        ("complex", ["--batch-size", "61"]),
+        ("vgg", ["--arch", "resnet18-custom", "--standard-width-scaling", "0.1", "--lr", "0.001", "--epochs", "1"]),
+    ],
+)
 def test_two_processes_give_the_losses_of_one_and_go_on_as_another_number(started, network, more):
     one = train(network, "one", *more)
     run_ranks(started, 2, command(network, "two", *more))
@@ -281,8 +298,13 @@ def test_two_processes_give_the_losses_of_one_and_go_on_as_another_number(starte
 def test_torchrun_starts_it():
     one = train("norm", "one", "--epochs", "1")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run([*launch, str(ROOT / "main_block.py"), *command("norm", "two", "--epochs", "1")],
-                           capture_output=True, text=True, env=ONE_THREAD, timeout=200)
+    ended = subprocess.run(
+        [*launch, str(ROOT / "main_block.py"), *command("norm", "two", "--epochs", "1")],
+        capture_output=True,
+        text=True,
+        env=ONE_THREAD,
+        timeout=200,
+    )
     assert ended.returncode == 0, ended.stderr
     assert losses(load("checkpoints/two/last.pt")) == pytest.approx(losses(one), rel=1e-4)
 

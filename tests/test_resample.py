@@ -1,5 +1,6 @@
 """resample.py from the command line, on small networks trained on the digits: what it writes, when it refuses, and the
 paper's claims about rainbow networks at laptop scale."""
+
 import csv
 import json
 import os
@@ -20,9 +21,11 @@ from utils.errors import UserError
 from utils.runs.checkpoints import RunFolder, load, load_network, save
 
 WIDTHS = (16, 32, 64, 64)
-RECIPE = ("--digits --epochs 6 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 32 --wd 0 --psi-arch mod "
-          "--n-blocks 4 --factorize-filters 0 --scattering-wph 1 --scat-angles 4 --classifier-batch-norm std "
-          "--no-classifier-bias --device cpu").split()
+RECIPE = (
+    "--digits --epochs 6 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 32 --wd 0 --psi-arch mod "
+    "--n-blocks 4 --factorize-filters 0 --scattering-wph 1 --scat-angles 4 --classifier-batch-norm std "
+    "--no-classifier-bias --device cpu"
+).split()
 
 
 def train(root, name, widths, *more):
@@ -58,9 +61,13 @@ def final(folder):
 
 def contents(folder):
     """What a sample is: its files but for times and processes."""
-    return [(folder / "accuracies.csv").read_bytes(),
-            *[(path.name, sorted((key, value.tolist()) for key, value in load(path)["state_dict"].items()))
-              for path in sorted(folder.glob("checkpoint_repeat*.pt"))]]
+    return [
+        (folder / "accuracies.csv").read_bytes(),
+        *[
+            (path.name, sorted((key, value.tolist()) for key, value in load(path)["state_dict"].items()))
+            for path in sorted(folder.glob("checkpoint_repeat*.pt"))
+        ],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +94,21 @@ def test_a_sample_is_written_with_the_accuracy_after_every_layer(root, sampled):
 
 def test_a_sample_can_be_trained_on_its_classifier_alone(root, sampled, capsys):
     sample = sampled / "resample-width0.5" / "checkpoint_repeat0.pt"
-    train(root, "retrained", [8, 16, 32, 32], "--resume", "resamplings/resample-width0.5/checkpoint_repeat0.pt",
-          "--restart", "--freeze-P", "1", "1", "1", "1", "--epochs", "2")
+    train(
+        root,
+        "retrained",
+        [8, 16, 32, 32],
+        "--resume",
+        "resamplings/resample-width0.5/checkpoint_repeat0.pt",
+        "--restart",
+        "--freeze-P",
+        "1",
+        "1",
+        "1",
+        "1",
+        "--epochs",
+        "2",
+    )
     before, after = load(sample)["state_dict"], RunFolder(root, "retrained").checkpoint()["state_dict"]
     weights = [name for name in before if name.endswith("Pr.weight")]
     assert len(weights) == 4 and all(torch.equal(before[name], after[name]) for name in weights)
@@ -140,8 +160,20 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(root, sampled, monkeypat
 
 
 def test_a_killed_process_leaves_what_the_next_one_finishes(root, sampled):
-    command = [sys.executable, "resample.py", "--experiment", "width1", "--checkpoints", root, "--device", "cpu",
-               "--num-repeats", "3", "--dir", "killed"]
+    command = [
+        sys.executable,
+        "resample.py",
+        "--experiment",
+        "width1",
+        "--checkpoints",
+        root,
+        "--device",
+        "cpu",
+        "--num-repeats",
+        "3",
+        "--dir",
+        "killed",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
     while not (root / "killed" / "checkpoint_repeat0.pt").exists() and time.monotonic() < deadline:
@@ -154,10 +186,13 @@ def test_a_killed_process_leaves_what_the_next_one_finishes(root, sampled):
     assert found.read_bytes() == known.read_bytes()
 
 
-@pytest.mark.parametrize("arch, sizes, changed", [
-    ("Fw rho Std Pr N", ("--Pr-size", "4", "6"), ["Pr_size", [8, 5]]),
-    ("Fw rho Std Pc N", ("--Pc-size", "4", "6"), ["Pc_size", [8, 5]]),
-])
+@pytest.mark.parametrize(
+    "arch, sizes, changed",
+    [
+        ("Fw rho Std Pr N", ("--Pr-size", "4", "6"), ["Pr_size", [8, 5]]),
+        ("Fw rho Std Pc N", ("--Pc-size", "4", "6"), ["Pc_size", [8, 5]]),
+    ],
+)
 def test_complex_networks_are_sampled_at_other_widths(tmp_path, arch, sizes, changed):
     train(tmp_path, "trained", None, "-a", arch, "--psi-arch", "", "--n-blocks", "2", *sizes, "--epochs", "0")
     run(tmp_path, "trained", "--num-atoms", 8, 5, "--dir", "wide", "--method", "orthogonal", "--align-test")
@@ -167,8 +202,25 @@ def test_complex_networks_are_sampled_at_other_widths(tmp_path, arch, sizes, cha
 
 
 def test_resnets_are_sampled_at_widths_of_one_scaling(tmp_path):
-    main_block.main(["--digits", "--resize-images", "32", "-a", "resnet18-custom", "--standard-width-scaling", "0.0625",
-                     "--epochs", "0", "--checkpoints", str(tmp_path), "--dir", "trained", "--device", "cpu"])
+    main_block.main(
+        [
+            "--digits",
+            "--resize-images",
+            "32",
+            "-a",
+            "resnet18-custom",
+            "--standard-width-scaling",
+            "0.0625",
+            "--epochs",
+            "0",
+            "--checkpoints",
+            str(tmp_path),
+            "--dir",
+            "trained",
+            "--device",
+            "cpu",
+        ]
+    )
     names = [4] * 5 + [8] * 5 + [16] * 5 + [32] * 5
     run(tmp_path, "trained", "--num-atoms", *[2 * n for n in names], "--dir", "wide", "--epoch", 0)
     network, args = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
@@ -180,18 +232,21 @@ def test_resnets_are_sampled_at_widths_of_one_scaling(tmp_path):
 # ---- refusals
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--experiment", "widht1"], "no such run in .*; did you mean width1"),
-    (["--experiment", "width1", "--epoch", "3"], "epochs kept in .*: 0, 1, 2, 5"),
-    (["--experiment", "width1", "--num-atoms", "8", "16"], "2 widths are given for 4 layers"),
-    (["--experiment", "width1", "--num-atoms", "8", "0"], "'?0'? is not a positive integer"),
-    (["--experiment", "width1", "--method", "uniform"], "invalid choice"),
-    (["--experiment", "../width1"], "not a name of a run"),
-    (["--experiment", "width1", "--dir", "/tmp"], "not a name of a run"),
-    (["--experiment", "width1", "--device", "tpu"], "no such device"),
-    (["--experiment", "width1", "--batch-size", "0"], "is not a positive integer"),
-    (["--epoch", "1"], "--experiment"),
-])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--experiment", "widht1"], "no such run in .*; did you mean width1"),
+        (["--experiment", "width1", "--epoch", "3"], "epochs kept in .*: 0, 1, 2, 5"),
+        (["--experiment", "width1", "--num-atoms", "8", "16"], "2 widths are given for 4 layers"),
+        (["--experiment", "width1", "--num-atoms", "8", "0"], "'?0'? is not a positive integer"),
+        (["--experiment", "width1", "--method", "uniform"], "invalid choice"),
+        (["--experiment", "../width1"], "not a name of a run"),
+        (["--experiment", "width1", "--dir", "/tmp"], "not a name of a run"),
+        (["--experiment", "width1", "--device", "tpu"], "no such device"),
+        (["--experiment", "width1", "--batch-size", "0"], "is not a positive integer"),
+        (["--epoch", "1"], "--experiment"),
+    ],
+)
 def test_refusals_leave_nothing(root, more, message):
     before = sorted(root.rglob("*"))
     with pytest.raises(UserError, match=message):
@@ -217,13 +272,21 @@ def altered(root, tmp_path, status=None, args=None, weights=None):
     save(folder.file(), checkpoint)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"status": lambda s: {**s, "state": "stopped", "epoch": 4}}, r"not finished \(epoch 4 of 6, stopped\)"),
-    ({"status": lambda s: {**s, "acc1": 40.0}}, "was trained on other data: it reached 40.00 % then"),
-    ({"args": lambda a: {"args": {**a["args"], "resize_images": 16}}}, "was trained on 1 real channels of 8×8 and 10"),
-    ({"weights": lambda w: w["blocks.1.body.Pr.weight"].view(-1)[:3].fill_(float("nan"))},
-     "layer blocks.1.body.Pr: 3 of its 640 weights are not finite"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"status": lambda s: {**s, "state": "stopped", "epoch": 4}}, r"not finished \(epoch 4 of 6, stopped\)"),
+        ({"status": lambda s: {**s, "acc1": 40.0}}, "was trained on other data: it reached 40.00 % then"),
+        (
+            {"args": lambda a: {"args": {**a["args"], "resize_images": 16}}},
+            "was trained on 1 real channels of 8×8 and 10",
+        ),
+        (
+            {"weights": lambda w: w["blocks.1.body.Pr.weight"].view(-1)[:3].fill_(float("nan"))},
+            "layer blocks.1.body.Pr: 3 of its 640 weights are not finite",
+        ),
+    ],
+)
 def test_networks_that_cannot_be_sampled(root, tmp_path, change, message):
     altered(root, tmp_path, **change)
     with pytest.raises(UserError, match=message):
@@ -232,8 +295,12 @@ def test_networks_that_cannot_be_sampled(root, tmp_path, change, message):
 
 
 def test_errors_are_one_line_and_status_2(root):
-    found = subprocess.run([sys.executable, "resample.py", "--experiment", "nothing", "--checkpoints", root], cwd=ROOT,
-                           capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "resample.py", "--experiment", "nothing", "--checkpoints", root],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.startswith("resample.py: error: --experiment nothing") and found.stderr.count("\n") == 1
 

@@ -2,6 +2,7 @@
 
 `repository` is a copy of the runner with `fake_script.py` in place of main_block.py and resample.py.
 """
+
 import json
 import os
 import random
@@ -42,8 +43,15 @@ def environment(**more):
 
 
 def run(repository, *flags, **more):
-    return subprocess.run(command(*flags), cwd=repository, env=environment(**more), capture_output=True, text=True,
-                          timeout=60, check=False)  # fmt: skip
+    return subprocess.run(
+        command(*flags),
+        cwd=repository,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def chosen(pattern):
@@ -150,8 +158,17 @@ def test_a_removed_output_or_need_is_made_again(repository):
 
 def test_two_runners_share_a_folder(repository):
     flags = ("--match", TWO_WIDTHS, "--jobs", "2")
-    both = [subprocess.Popen(command(*flags), cwd=repository, env=environment(FAKE_SECONDS="0.01"), text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command(*flags),
+            cwd=repository,
+            env=environment(FAKE_SECONDS="0.01"),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert any("in the hands of" in output for output in outputs), outputs
@@ -163,8 +180,13 @@ def test_two_runners_share_a_folder(repository):
 def test_killed_at_any_moment_it_finishes_redoing_at_most_an_epoch(repository, seed):
     draw, kills = random.Random(seed), 0
     while True:
-        process = subprocess.Popen(command("--match", NARROWEST, "--jobs", "2"), cwd=repository, text=True,
-                                   stdout=subprocess.PIPE, env=environment(FAKE_SECONDS="0.03"))
+        process = subprocess.Popen(
+            command("--match", NARROWEST, "--jobs", "2"),
+            cwd=repository,
+            text=True,
+            stdout=subprocess.PIPE,
+            env=environment(FAKE_SECONDS="0.03"),
+        )
         try:
             output = process.communicate(timeout=draw.uniform(0.1, 0.8))[0]
             break
@@ -182,8 +204,14 @@ def test_killed_at_any_moment_it_finishes_redoing_at_most_an_epoch(repository, s
 
 @pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_it_cleanly(repository, signum, expected):
-    process = subprocess.Popen(command("--match", NARROWEST, "--jobs", "2"), cwd=repository, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(FAKE_SECONDS="0.2"))
+    process = subprocess.Popen(
+        command("--match", NARROWEST, "--jobs", "2"),
+        cwd=repository,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(FAKE_SECONDS="0.2"),
+    )
     trained = chosen(NARROWEST)[0]
     wait_for(lambda: begun(repository, trained))
     process.send_signal(signum)
@@ -218,13 +246,21 @@ def test_a_folder_that_cannot_be_made_is_a_clear_line(repository):
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    (("--only", "resamplin"), "did you mean resampling"), (("--figure", "10"), "no such figure"),
-    (("--scale", "lptop"), "did you mean laptop"), (("--match", "("), "not a regular expression"),
-    (("--name", "digits-WP16-norm"), "no such experiment"), (("--match", "nothing"), "no experiment is all of this"),
-    (("--jobs", "0"), "at least 1"), (("--epochs", "two"), "whole number"),
-    (("--submit", "local", "--pack", "0"), "at least 1"), (("--submit", "local", "--time", "soon"), "--time soon"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--only", "resamplin"), "did you mean resampling"),
+        (("--figure", "10"), "no such figure"),
+        (("--scale", "lptop"), "did you mean laptop"),
+        (("--match", "("), "not a regular expression"),
+        (("--name", "digits-WP16-norm"), "no such experiment"),
+        (("--match", "nothing"), "no experiment is all of this"),
+        (("--jobs", "0"), "at least 1"),
+        (("--epochs", "two"), "whole number"),
+        (("--submit", "local", "--pack", "0"), "at least 1"),
+        (("--submit", "local", "--time", "soon"), "--time soon"),
+    ],
+)
 def test_bad_input_is_one_clear_line(repository, flags, expected):
     result = run(repository, *flags)
     assert result.returncode == 2 and expected in result.stderr
@@ -270,10 +306,31 @@ def test_warm_processes_are_like_fresh_ones(repository):
 @pytest.mark.slow
 def test_real_scripts_from_training_to_retraining(tmp_path):
     """The chain of figure 3 for one width, one epoch of a few digits each; nothing is left to do afterwards."""
-    flags = ["--scale", "laptop", "--match", "WP4WP8WP16WP16-norm-L4-clbnstd-clnobias(-load|-white|$)", "--epochs", "1",
-             "--data-subset", "0:20", "--checkpoints", str(tmp_path), "--jobs", "2"]
-    outputs = [subprocess.run([sys.executable, "run_exps.py", *flags], cwd=ROOT, env=environment(), capture_output=True,
-                              text=True, check=False) for _ in range(2)]  # fmt: skip
+    flags = [
+        "--scale",
+        "laptop",
+        "--match",
+        "WP4WP8WP16WP16-norm-L4-clbnstd-clnobias(-load|-white|$)",
+        "--epochs",
+        "1",
+        "--data-subset",
+        "0:20",
+        "--checkpoints",
+        str(tmp_path),
+        "--jobs",
+        "2",
+    ]
+    outputs = [
+        subprocess.run(
+            [sys.executable, "run_exps.py", *flags],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for _ in range(2)
+    ]
     assert outputs[0].returncode == 0 and "4 of 4 experiments are finished" in outputs[0].stdout, outputs[0]
     assert outputs[1].stdout == "All 4 experiments are finished: nothing to do.\n"
     parts = [next(tmp_path.glob(f"trial-*/{name}")) for name in ("*clnobias", "resam*/*", "*-retrainclf", "*-trainclf")]
@@ -298,13 +355,29 @@ def test_a_failed_job_stops_its_dependents(repository):
 def test_slurm_gets_needs_as_dependencies(repository):
     tools = repository / "tools"
     tools.mkdir()
-    (tools / "sbatch").write_text('#!/bin/sh\nn=$(cat count 2>/dev/null || echo 100)\necho $((n + 1)) > count\n'
-                                  'cp "$1" "script$n"\necho "Submitted batch job $n"\n')
+    (tools / "sbatch").write_text(
+        "#!/bin/sh\nn=$(cat count 2>/dev/null || echo 100)\necho $((n + 1)) > count\n"
+        'cp "$1" "script$n"\necho "Submitted batch job $n"\n'
+    )
     (tools / "srun").write_text("#!/bin/sh\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    result = run(repository, "--submit", "slurm", "--match", TWO_WIDTHS, "--pack", "2", "--partition", "gpu",
-                 "--gpus", "1", "--time", "2:30:00", PATH=f"{tools}:{os.environ['PATH']}")
+    result = run(
+        repository,
+        "--submit",
+        "slurm",
+        "--match",
+        TWO_WIDTHS,
+        "--pack",
+        "2",
+        "--partition",
+        "gpu",
+        "--gpus",
+        "1",
+        "--time",
+        "2:30:00",
+        PATH=f"{tools}:{os.environ['PATH']}",
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     scripts = [(repository / f"script{n}").read_text() for n in range(100, 104)]
     assert not (repository / "script104").exists()

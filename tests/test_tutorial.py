@@ -1,4 +1,5 @@
 """The tutorial: theorems about its library, agreement with utils/, and the notebook, held to what its text says."""
+
 import ast
 import re
 import sys
@@ -414,8 +415,9 @@ def notebook():
 
 def execute(book):
     """Runs a notebook from the repository's folder; nothing is written."""
-    return NotebookClient(book, timeout=600, kernel_name="python3", coalesce_streams=True,
-                          resources={"metadata": {"path": str(ROOT)}}).execute()
+    return NotebookClient(
+        book, timeout=600, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
 
 
 def code_cells(book):
@@ -436,8 +438,11 @@ def test_notebook_is_committed_as_run():
     assert sum("image/png" in output.get("data", {}) for cell in code_cells(book) for output in cell.outputs) >= 10
     outputs = re.sub(r'"image/png": "[^"]*"', "", path.read_text())
     assert not re.search(r"/(home|Users|root|tmp|work|usr|opt|var)/|[A-Z]:\\\\", outputs)
-    assert not any(output.output_type == "error" or output.get("name") == "stderr"
-                   for cell in code_cells(book) for output in cell.outputs)
+    assert not any(
+        output.output_type == "error" or output.get("name") == "stderr"
+        for cell in code_cells(book)
+        for output in cell.outputs
+    )
 
 
 def test_notebook_explains_before_and_after():

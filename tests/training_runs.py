@@ -1,12 +1,15 @@
 """Small trainings for the tests: commands that take a fraction of a second, run in this process, and compared."""
+
 import torch
 
 import main_block
 from utils.runs.checkpoints import load
 
-COMMON = ("--digits --data-subset 0:20 --epochs 3 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 64 "
-          "--device cpu --n-blocks 2 --factorize-filters 0 --scat-angles 4 --classifier-batch-norm std "
-          "--no-classifier-bias").split()
+COMMON = (
+    "--digits --data-subset 0:20 --epochs 3 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 64 "
+    "--device cpu --n-blocks 2 --factorize-filters 0 --scat-angles 4 --classifier-batch-norm std "
+    "--no-classifier-bias"
+).split()
 NETWORKS = {
     "norm": ["-a", "Fw Std Pr N", "--psi-arch", "mod", "--Pr-size", "4", "8"],
     "frozen": ["-a", "Fw Std Pr N", "--psi-arch", "mod", "--Pr-size", "4", "8", "--freeze-P", "1"],

@@ -1,4 +1,5 @@
 """Where tensors live: every program picks its device here, by name."""
+
 import torch
 
 from utils.errors import UserError

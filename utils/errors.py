@@ -1,4 +1,5 @@
 """How a program ends: one clear line on stderr and a status that says why."""
+
 import contextlib
 import os
 import signal

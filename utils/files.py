@@ -1,4 +1,5 @@
 """Small files: written beside their place and renamed into it, read without surprises."""
+
 import json
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
 """One process at a time writes a run's folder."""
+
 import json
 import os
 import socket
@@ -23,10 +24,15 @@ class Lock:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.content = json.dumps({
-            "pid": os.getpid(), "host": socket.gethostname(), "started": process_start(os.getpid()),
-            "job": _cluster_job(), "program": os.path.basename(sys.argv[0]),
-        })
+        self.content = json.dumps(
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "started": process_start(os.getpid()),
+                "job": _cluster_job(),
+                "program": os.path.basename(sys.argv[0]),
+            }
+        )
         self._released = threading.Event()
 
     def __enter__(self):

@@ -1,4 +1,5 @@
 """What benchmarks/analysis.py takes for the least cost of second moments is what they are made of."""
+
 import pytest
 import torch
 

@@ -1,4 +1,5 @@
 """benchmarks/gpu.py runs on whatever is there, and says so where there is nothing."""
+
 import re
 import sys
 
@@ -34,7 +35,8 @@ def test_a_cpu_takes_its_place(capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if re.match("laptop|resnet18", line)]
     assert [row[:3] for row in rows] == [
-        [name, variant, "2"] for variant in ("float32", "amp") for name in ("laptop", "resnet18-cifar")]
+        [name, variant, "2"] for variant in ("float32", "amp") for name in ("laptop", "resnet18-cifar")
+    ]
     assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
 
 

@@ -13,9 +13,7 @@ def test_the_floor_is_the_projections_products(name, factor):
     """Multiply-adds: C·D a position; 1.5 times as many for real weights on [z, |z|], 3 times for complex ones."""
     config, batch = NETWORKS[name]
     net = build(config)
-    expected = sum(
-        factor * block.P.weight.numel() * batch * block.out.height * block.out.width for block in net.blocks
-    )
+    expected = sum(factor * block.P.weight.numel() * batch * block.out.height * block.out.width for block in net.blocks)
     assert sum(math.prod(shape) for shape in products(net, batch)) == expected
 
 

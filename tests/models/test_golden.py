@@ -14,8 +14,14 @@ from utils.runs.options import network_config, parse
 
 NAMES = sorted(path.stem for path in GOLDEN.glob("J*.pt"))
 needs_golden = pytest.mark.skipif(not NAMES, reason=f"outputs of the original program are not at {GOLDEN}")
-TRACE = ["J4-norm-fact0-L4", "J4-skip-fact0-L4", "J4-complex-fact0-L4", "J8-norm-fact0-L4", "J8-skip-fact0-L4",
-         "J8-complex-fact0-L4"]
+TRACE = [
+    "J4-norm-fact0-L4",
+    "J4-skip-fact0-L4",
+    "J4-complex-fact0-L4",
+    "J8-norm-fact0-L4",
+    "J8-skip-fact0-L4",
+    "J8-complex-fact0-L4",
+]
 
 
 def load(golden, name, state="state_dict"):

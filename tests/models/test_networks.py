@@ -53,17 +53,20 @@ def block_network(arch, signal=CIFAR[0], **options):
     return build(ScatNetConfig(signal, 10, (BlockConfig(tuple(arch.split()), **options),)))
 
 
-@pytest.mark.parametrize("arch, options", [
-    ("Fw", {}),
-    ("Fw", {"phi_arch": ("abs_",)}),
-    ("Fw mod Std P N", {"P_size": 4}),
-    ("Fw R Std P", {"P_size": 4}),
-    ("Fw Pc R FrhoF C Std N", {"Pc_size": 4, "dictionary_size": 8}),
-    ("Fw B Std", {"left_arch": ("mod",), "right_arch": ("id",)}),
-    ("Fw rho Pr", {"Pr_size": "id"}),
-    ("Fw rho Std Pr N", {"Pr_size": 4, "linear_arch": ("Std",), "non_linear_arch": ("Std",)}),
-    ("Fw Pr", {"psi_arch": ("mod",), "Pr_size": 4, "angles": 0}),
-])
+@pytest.mark.parametrize(
+    "arch, options",
+    [
+        ("Fw", {}),
+        ("Fw", {"phi_arch": ("abs_",)}),
+        ("Fw mod Std P N", {"P_size": 4}),
+        ("Fw R Std P", {"P_size": 4}),
+        ("Fw Pc R FrhoF C Std N", {"Pc_size": 4, "dictionary_size": 8}),
+        ("Fw B Std", {"left_arch": ("mod",), "right_arch": ("id",)}),
+        ("Fw rho Pr", {"Pr_size": "id"}),
+        ("Fw rho Std Pr N", {"Pr_size": 4, "linear_arch": ("Std",), "non_linear_arch": ("Std",)}),
+        ("Fw Pr", {"psi_arch": ("mod",), "Pr_size": 4, "angles": 0}),
+    ],
+)
 def test_every_module_of_the_grammar_runs(arch, options):
     if options.get("phi_arch") == ("abs_",):
         with pytest.raises(ValueError, match="unknown module 'abs_'"):
@@ -93,18 +96,21 @@ def test_nonlinearities_depend_on_the_modulus_and_keep_the_phase(name):
         assert (rho(z).abs() <= 1 + 1e-5).all()
 
 
-@pytest.mark.parametrize("arch, options, message", [
-    ("Fw mod", {"angles": 0}, "block 1 of 1.*'mod' is the modulus of complex numbers"),
-    ("Fw Sdt", {}, "unknown module 'Sdt'; did you mean 'Std'"),
-    ("Fw Pr", {}, "--Pr-size"),
-    ("R", {}, "'R' needs a complex input"),
-    ("C", {}, "'C' needs an even number"),
-    ("Fw FrhoF", {}, "'FrhoF' needs a real input"),
-    ("Fw", {"kind": 1, "angles": 2}, "at least 3 angles"),
-    ("Fw mod", {"non_linearity": "tan"}, "unknown non-linearity 'tan'"),
-    ("Fw mod", {"non_linearity": "relu"}, "'relu' needs a real input"),
-    ("Fw mod", {"non_linearity_bias": 1.0}, "has no bias"),
-])
+@pytest.mark.parametrize(
+    "arch, options, message",
+    [
+        ("Fw mod", {"angles": 0}, "block 1 of 1.*'mod' is the modulus of complex numbers"),
+        ("Fw Sdt", {}, "unknown module 'Sdt'; did you mean 'Std'"),
+        ("Fw Pr", {}, "--Pr-size"),
+        ("R", {}, "'R' needs a complex input"),
+        ("C", {}, "'C' needs an even number"),
+        ("Fw FrhoF", {}, "'FrhoF' needs a real input"),
+        ("Fw", {"kind": 1, "angles": 2}, "at least 3 angles"),
+        ("Fw mod", {"non_linearity": "tan"}, "unknown non-linearity 'tan'"),
+        ("Fw mod", {"non_linearity": "relu"}, "'relu' needs a real input"),
+        ("Fw mod", {"non_linearity_bias": 1.0}, "has no bias"),
+    ],
+)
 def test_networks_that_cannot_be(arch, options, message):
     with pytest.raises(ValueError, match=message):
         block_network(arch, **options)
@@ -145,8 +151,9 @@ def test_fixed_projection_and_given_variances():
     """Weights start with the variances given along the directions given."""
     basis = torch.linalg.qr(torch.randn(15, 15))[0][:3]
     variances = torch.tensor([100.0, 1.0, 0.01])
-    net = block_network("Fw Std Pr", psi_arch=("mod",), Pr_size=4000, projection_basis=basis,
-                        projection_eigenvalues=variances)
+    net = block_network(
+        "Fw Std Pr", psi_arch=("mod",), Pr_size=4000, projection_basis=basis, projection_eigenvalues=variances
+    )
     weight = net.blocks[0].P.weight
     assert torch.allclose(weight.var(0), variances, rtol=0.15)
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)

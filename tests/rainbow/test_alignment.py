@@ -1,4 +1,5 @@
 """Alignment: rotated and permuted copies, networks of other widths, mean networks, and errors between 0 and 2."""
+
 import copy
 
 import pytest
@@ -29,14 +30,20 @@ class OverNorm(nn.Module):
 
 def mlp(seed=0, width=10, non_linearity=OverNorm):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, width, bias=False), non_linearity(), nn.Linear(width, width, bias=False),
-                         non_linearity(), nn.Linear(width, 5, bias=False))
+    return nn.Sequential(
+        nn.Linear(12, width, bias=False),
+        non_linearity(),
+        nn.Linear(width, width, bias=False),
+        non_linearity(),
+        nn.Linear(width, 5, bias=False),
+    )
 
 
 def cnn(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(2, 6, 3), OverNorm(), nn.Conv2d(6, 8, 3, bias=False), OverNorm(), nn.Flatten(),
-                         nn.Linear(128, 5))
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), OverNorm(), nn.Conv2d(6, 8, 3, bias=False), OverNorm(), nn.Flatten(), nn.Linear(128, 5)
+    )
 
 
 def scatnet(seed=0):
@@ -180,9 +187,11 @@ def test_a_narrow_part_of_a_network_aligns_with_it():
 
 def in_memory_error(a, b, A, train, test, standardize):
     """2 (1 - ⟨aA, b⟩ / √(‖a‖² ‖b‖²)) from all samples at once."""
+
     def last_inputs(network, data):
         with torch.no_grad():
             return network[:4](torch.cat([x for x, _ in data])).double()
+
     phis = []
     for network in (a, b):
         phi, of_train = last_inputs(network, test), last_inputs(network, train)
@@ -260,13 +269,16 @@ def test_mean_activations_are_those_of_their_definition():
 # ---- bad input
 
 
-@pytest.mark.parametrize("act, message", [
-    (lambda: align(torch.full((2, 2), float("nan"))), "not a finite matrix"),
-    (lambda: transport(torch.ones(2, 5), torch.eye(3)), "do not fit an alignment of 3 channels"),
-    (lambda: Alignment().transform(0, torch.ones(1, 1)), "not fitted"),
-    (lambda: Alignment().fit(mlp(), cnn(), batches()), "cannot process images"),
-    (lambda: Alignment().fit(mlp(), mlp(), batches(), ["1"]), "no weight layer '1'"),
-])
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda: align(torch.full((2, 2), float("nan"))), "not a finite matrix"),
+        (lambda: transport(torch.ones(2, 5), torch.eye(3)), "do not fit an alignment of 3 channels"),
+        (lambda: Alignment().transform(0, torch.ones(1, 1)), "not fitted"),
+        (lambda: Alignment().fit(mlp(), cnn(), batches()), "cannot process images"),
+        (lambda: Alignment().fit(mlp(), mlp(), batches(), ["1"]), "no weight layer '1'"),
+    ],
+)
 def test_what_cannot_be_aligned(act, message):
     with pytest.raises(UserError, match=message):
         act()

@@ -15,14 +15,27 @@ from utils.errors import UserError
 
 def mlp(seed=0, width=24, bias=True):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, width, bias=bias), nn.ReLU(), nn.Linear(width, width, bias=bias),
-                         nn.ReLU(), nn.Linear(width, 4))
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(36, width, bias=bias),
+        nn.ReLU(),
+        nn.Linear(width, width, bias=bias),
+        nn.ReLU(),
+        nn.Linear(width, 4),
+    )
 
 
 def cnn(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 8, 3), nn.ReLU(),
-                         nn.Flatten(), nn.Linear(8 * 4, 4))
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 4, 4),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +118,9 @@ def test_wide_samples_compute_what_the_network_computes(loader):
             nn.functional.cross_entropy(network(x), y).backward()
             optimizer.step()
     rainbow = Rainbow.fit(network, loader)
-    narrow, wide = (np.mean([accuracy(rainbow.sample([w, w], seed=seed), loader) for seed in range(3)])
-                    for w in (6, 400))
+    narrow, wide = (
+        np.mean([accuracy(rainbow.sample([w, w], seed=seed), loader) for seed in range(3)]) for w in (6, 400)
+    )
     assert accuracy(network, loader) > 95 and wide > narrow and wide > 70
 
 

@@ -1,4 +1,5 @@
 """Weight layers of any network, and the second moments of their inputs: streamed equals in memory."""
+
 import pytest
 import torch
 from torch import nn
@@ -16,21 +17,33 @@ from utils.errors import UserError
 def batches(count=3, size=8, channels=2, side=8, seed=0):
     """Random images with labels."""
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(size, channels, side, side, generator=generator), torch.zeros(size, dtype=torch.long))
-            for _ in range(count)]
+    return [
+        (torch.randn(size, channels, side, side, generator=generator), torch.zeros(size, dtype=torch.long))
+        for _ in range(count)
+    ]
 
 
 def cnn(seed=0, width=6):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(2, width, 3, stride=2, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, 5, 3),
-                         nn.BatchNorm2d(5), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(20, 7), nn.ReLU(),
-                         nn.Linear(7, 3)).eval()
+    return nn.Sequential(
+        nn.Conv2d(2, width, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, 5, 3),
+        nn.BatchNorm2d(5),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(20, 7),
+        nn.ReLU(),
+        nn.Linear(7, 3),
+    ).eval()
 
 
 def scatnet(arch="Fw Std Pr N", psi="mod", seed=0, widths=(4, 5)):
     torch.manual_seed(seed)
-    blocks = tuple(BlockConfig(tuple(arch.split()), psi_arch=tuple(psi.split()), kind=i % 2, Pr_size=n, Pc_size=n)
-                   for i, n in enumerate(widths))
+    blocks = tuple(
+        BlockConfig(tuple(arch.split()), psi_arch=tuple(psi.split()), kind=i % 2, Pr_size=n, Pc_size=n)
+        for i, n in enumerate(widths)
+    )
     return ScatNet(ScatNetConfig(Signal(2, 8, 8), 3, blocks, "std", False)).eval()
 
 
@@ -43,7 +56,11 @@ COMPLEX = {"arch": "Fw rho Std Pc N", "psi": ""}
 def test_layers_of_a_cnn_in_forward_order():
     layers = weight_layers(cnn(), batches()[0][0])
     assert [(layer.name, layer.kind, layer.channels, layer.kernel) for layer in layers] == [
-        ("0", "conv", 2, (3, 3)), ("2", "conv", 6, (3, 3)), ("6", "linear", 5, (2, 2)), ("8", "linear", 7, (1, 1))]
+        ("0", "conv", 2, (3, 3)),
+        ("2", "conv", 6, (3, 3)),
+        ("6", "linear", 5, (2, 2)),
+        ("8", "linear", 7, (1, 1)),
+    ]
     assert [layer.get().shape for layer in layers] == [(layer.neurons, layer.dimension) for layer in layers]
 
 
@@ -64,7 +81,10 @@ def test_layers_follow_the_calls_not_the_definitions():
 def test_layers_of_a_scattering_network_need_no_example():
     layers = weight_layers(scatnet())
     assert [(layer.kind, layer.channels, layer.neurons) for layer in layers] == [
-        ("projection", 10, 4), ("projection", 20, 5), ("linear", 5, 3)]
+        ("projection", 10, 4),
+        ("projection", 20, 5),
+        ("linear", 5, 3),
+    ]
     assert layers[-1].spatial == (5, 4, 4)
 
 
@@ -81,8 +101,9 @@ def test_setting_a_layer_to_its_own_matrix_changes_nothing():
 def test_rotating_an_input_is_rotating_weights():
     network, images = cnn(), batches()[0][0]
     generator = torch.Generator().manual_seed(1)
-    for layer, x in zip(weight_layers(network, images), [images, torch.randn(2, 6, 4, 4), torch.randn(2, 20),
-                                                         torch.randn(2, 7)]):
+    for layer, x in zip(
+        weight_layers(network, images), [images, torch.randn(2, 6, 4, 4), torch.randn(2, 20), torch.randn(2, 7)]
+    ):
         rotation = torch.linalg.qr(torch.randn(layer.channels, layer.channels, generator=generator)).Q
         with torch.no_grad():
             expected = layer.module(layer.rotate(x, rotation))
@@ -97,12 +118,15 @@ def test_what_is_skipped_and_why():
     assert "4 groups" in skipped["1"] and "transposed" in skipped["2"]
 
 
-@pytest.mark.parametrize("model, message", [
-    (lambda x: x, "torch.nn.Module"),
-    (nn.ReLU(), "no linear layer"),
-    (torch.jit.script(nn.Linear(2, 2)), "offers no hooks"),
-    (torch.compile(nn.Linear(2, 2)), "offers no hooks"),
-])
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (lambda x: x, "torch.nn.Module"),
+        (nn.ReLU(), "no linear layer"),
+        (torch.jit.script(nn.Linear(2, 2)), "offers no hooks"),
+        (torch.compile(nn.Linear(2, 2)), "offers no hooks"),
+    ],
+)
 def test_what_has_no_layers_is_refused(model, message):
     with pytest.raises(UserError, match=message):
         weight_layers(model, torch.randn(1, 2))
@@ -124,8 +148,10 @@ def test_wrong_images_are_refused():
 def in_memory(network, layers, data):
     """All samples of every layer's input, in double precision, by running the network on everything at once."""
     inputs = {}
-    handles = [layer.module.register_forward_pre_hook(lambda m, args, k=k: inputs.__setitem__(k, args[0].clone()))
-               for k, layer in enumerate(layers)]
+    handles = [
+        layer.module.register_forward_pre_hook(lambda m, args, k=k: inputs.__setitem__(k, args[0].clone()))
+        for k, layer in enumerate(layers)
+    ]
     with torch.no_grad():
         network(torch.cat([images for images, _ in data]))
     for handle in handles:
@@ -175,10 +201,16 @@ def test_a_convolutions_patches_give_the_energy_of_its_output():
         torch.testing.assert_close(((weights @ found.auto(0, 0)) * weights).sum(1), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [
-    {"kernel_size": 3, "padding": 1}, {"kernel_size": (2, 3), "stride": (1, 2)}, {"kernel_size": 1, "stride": 2},
-    {"kernel_size": 3, "dilation": 2, "padding": (2, 0)}, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (2, 3), "stride": (1, 2)},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 3, "dilation": 2, "padding": (2, 0)},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    ],
+)
 def test_patches_are_what_a_convolution_multiplies(options):
     network, x = nn.Sequential(nn.Conv2d(2, 4, **options)), batches()[0][0]
     (layer,) = weight_layers(network, x)
@@ -329,10 +361,16 @@ def test_a_damaged_cache_is_made_again(tmp_path):
     assert torch.equal(first.auto(0, 1), again.auto(0, 1))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda network: network[2].weight.data.view(-1)[:2].fill_(float("nan")), "layer 2: 2 of its 270 weights are not"),
-    (lambda network: network[0].bias.data.fill_(float("inf")), "activations at layer 2 are not finite"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda network: network[2].weight.data.view(-1)[:2].fill_(float("nan")),
+            "layer 2: 2 of its 270 weights are not",
+        ),
+        (lambda network: network[0].bias.data.fill_(float("inf")), "activations at layer 2 are not finite"),
+    ],
+)
 def test_numbers_that_are_none_are_refused(change, message):
     network = cnn()
     change(network)
@@ -340,16 +378,19 @@ def test_numbers_that_are_none_are_refused(change, message):
         moments([network], None, batches())
 
 
-@pytest.mark.parametrize("networks, layers, data, message", [
-    ([cnn()], None, [], "the data is empty"),
-    ([cnn()], None, iter(batches()), "read only once"),
-    ([cnn()], None, ["images"], "holds no images"),
-    ([cnn()], ["3"], batches(), "no weight layer '3'"),
-    ([cnn()], [], batches(), "no layer is asked for"),
-    ([cnn(), scatnet()], None, batches(), "different numbers of layers"),
-    ([cnn(), cnn()], [["0"], ["2"]], batches(), "have 512 and 128 samples"),
-    ([cnn()], [["0"], ["2"]], batches(), "given for 2 networks"),
-])
+@pytest.mark.parametrize(
+    "networks, layers, data, message",
+    [
+        ([cnn()], None, [], "the data is empty"),
+        ([cnn()], None, iter(batches()), "read only once"),
+        ([cnn()], None, ["images"], "holds no images"),
+        ([cnn()], ["3"], batches(), "no weight layer '3'"),
+        ([cnn()], [], batches(), "no layer is asked for"),
+        ([cnn(), scatnet()], None, batches(), "different numbers of layers"),
+        ([cnn(), cnn()], [["0"], ["2"]], batches(), "have 512 and 128 samples"),
+        ([cnn()], [["0"], ["2"]], batches(), "given for 2 networks"),
+    ],
+)
 def test_questions_without_an_answer(networks, layers, data, message):
     with pytest.raises(UserError, match=message):
         moments(networks, layers, data, cross=0)

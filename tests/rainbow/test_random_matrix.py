@@ -24,6 +24,7 @@ def test_density_has_mass_one_and_mean_one(q):
         def integrand(theta):
             x = (low + high) / 2 - (high - low) / 2 * np.cos(theta)
             return x**order * marchenko_pastur_density(x, q) * (high - low) / 2 * np.sin(theta)
+
         return integrate.quad(integrand, 0, np.pi)[0]
 
     assert moment(0) == pytest.approx(min(1, 1 / q), abs=1e-6)

@@ -1,4 +1,5 @@
 """Rainbow sampling: drawn rows have the trained covariance; drawing the trained neurons gives the trained network."""
+
 import copy
 
 import pytest
@@ -30,8 +31,10 @@ def batches(channels=2, side=8, count=4, size=32, seed=0):
 
 def scatnet(arch="Fw Std Pr N", psi="mod", seed=0, widths=(6, 8, 10), norm="std", **fields):
     torch.manual_seed(seed)
-    blocks = tuple(BlockConfig(tuple(arch.split()), psi_arch=tuple(psi.split()), kind=i % 2, Pr_size=n, Pc_size=n,
-                               **fields) for i, n in enumerate(widths))
+    blocks = tuple(
+        BlockConfig(tuple(arch.split()), psi_arch=tuple(psi.split()), kind=i % 2, Pr_size=n, Pc_size=n, **fields)
+        for i, n in enumerate(widths)
+    )
     return ScatNet(ScatNetConfig(Signal(2, 8, 8), 3, blocks, norm, False)).eval()
 
 
@@ -42,9 +45,16 @@ def mlp(seed=0):
 
 def cnn(seed=0, affine=True):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8, affine=affine), nn.ReLU(inplace=True),
-                         nn.Conv2d(8, 10, 3, stride=2, padding=1), nn.ReLU(inplace=True),
-                         nn.BatchNorm2d(10, affine=affine), nn.Flatten(), nn.Linear(160, 3)).eval()
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.BatchNorm2d(8, affine=affine),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 10, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.BatchNorm2d(10, affine=affine),
+        nn.Flatten(),
+        nn.Linear(160, 3),
+    ).eval()
 
 
 def resnet(seed=0, batch_norm="pre"):
@@ -102,8 +112,10 @@ class TrainedNeurons(RainbowSampler):
         super().__init__(MeanNetwork.fit([network], data), data, **options)
         generator = torch.Generator().manual_seed(0)
         orders = [torch.randperm(n, generator=generator) if permute else torch.arange(n) for n in self.widths]
-        self.covariances = [(layer.get().to(torch.complex128 if layer.is_complex else torch.float64)[order], order)
-                            for layer, order in zip(self.layers, orders)]
+        self.covariances = [
+            (layer.get().to(torch.complex128 if layer.is_complex else torch.float64)[order], order)
+            for layer, order in zip(self.layers, orders)
+        ]
         monkeypatch.setattr(resampling, "draw_rows", lambda known, rows, method, generator: known[0])
         monkeypatch.setattr(resampling, "draw_neurons", lambda count, rows, generator: orders.pop(0))
         self.sample = lambda: super(TrainedNeurons, self).sample()
@@ -170,8 +182,9 @@ def test_white_rows_keep_only_the_trace():
     generator = torch.Generator().manual_seed(0)
     covariance = WeightCovariance.fit(torch.randn(20, 8, generator=generator) * torch.arange(1, 9))
     rows = draw_rows(covariance, 100_000, "white", generator)
-    torch.testing.assert_close(rows.T @ rows / len(rows), covariance.trace / 8 * torch.eye(8, dtype=torch.float64),
-                               atol=0.3, rtol=0)
+    torch.testing.assert_close(
+        rows.T @ rows / len(rows), covariance.trace / 8 * torch.eye(8, dtype=torch.float64), atol=0.3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["real", "complex", "cnn", "resnet"])
@@ -188,7 +201,7 @@ def test_sampled_normalisations_normalise_the_training_set(name):
         if isinstance(module, resampling.NORMS):
             module.register_forward_hook(note)
     scores(sampled, [(torch.cat([images for images, _ in data]), None)])
-    for out in found[1 if name in ("real", "complex") else 0:]:  # the first Std is the trained one
+    for out in found[1 if name in ("real", "complex") else 0 :]:  # the first Std is the trained one
         power = out.abs().square().mean((0, 2, 3))
         live = power > 0.5  # a channel that hardly varies stays small, by ε
         assert out.mean((0, 2, 3))[live].abs().max() < 1e-2 and (power[live] - 1).abs().max() < 0.1
@@ -217,6 +230,7 @@ def count_passes(monkeypatch, network, data, **options):
         def call(block, x):
             seen[block] = seen.get(block, 0) + len(x)
             return method(block, x)
+
         return call
 
     with monkeypatch.context() as patch:
@@ -311,18 +325,25 @@ def left_out(network, data):
     return RainbowSampler(MeanNetwork.fit([network], data, layers=names), data)
 
 
-@pytest.mark.parametrize("act, message", [
-    (lambda n, d: sample_network(n, d, widths=[4, 4]), "2 widths are given for 3 layers"),
-    (lambda n, d: sample_network(n, d, widths=[4, 4, 0]), "positive integer, not 0"),
-    (lambda n, d: sample_network(n, d, method="uniform"), "choose from gaussian, orthogonal, white"),
-    (lambda n, d: sample_network(n, d, align_on_test=True), "needs a test set"),
-    (lambda n, d: sample_network(nn.Linear(128, 3), [(x.flatten(1), y) for x, y in d]), "nothing to sample"),
-    (left_out, "left out"),
-    (lambda n, d: sample_network([n, scatnet(widths=(6, 8))], d), "different numbers of layers"),
-    (lambda n, d: sample_network(resnet(), batches(side=32), widths=[8, 8, 9] + [8] * 17), "do not fit together"),
-    (lambda n, d: sample_network(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(),
-                                               nn.Linear(144, 3)), d), "1 cannot be sampled: a convolution in 4"),
-])
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda n, d: sample_network(n, d, widths=[4, 4]), "2 widths are given for 3 layers"),
+        (lambda n, d: sample_network(n, d, widths=[4, 4, 0]), "positive integer, not 0"),
+        (lambda n, d: sample_network(n, d, method="uniform"), "choose from gaussian, orthogonal, white"),
+        (lambda n, d: sample_network(n, d, align_on_test=True), "needs a test set"),
+        (lambda n, d: sample_network(nn.Linear(128, 3), [(x.flatten(1), y) for x, y in d]), "nothing to sample"),
+        (left_out, "left out"),
+        (lambda n, d: sample_network([n, scatnet(widths=(6, 8))], d), "different numbers of layers"),
+        (lambda n, d: sample_network(resnet(), batches(side=32), widths=[8, 8, 9] + [8] * 17), "do not fit together"),
+        (
+            lambda n, d: sample_network(
+                nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(144, 3)), d
+            ),
+            "1 cannot be sampled: a convolution in 4",
+        ),
+    ],
+)
 def test_what_cannot_be_sampled(act, message):
     with pytest.raises(UserError, match=message):
         act(scatnet(), batches())

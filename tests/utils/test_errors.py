@@ -1,4 +1,5 @@
 """How a program ends where even its last words cannot be written."""
+
 import subprocess
 import sys
 from pathlib import Path

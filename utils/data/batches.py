@@ -4,6 +4,7 @@ image files that worker processes read.
 Whatever is drawn is a function of (seed, epoch) and of the image's index alone, so that a run can go on at any step,
 with any number of workers or processes, as if it had never stopped.
 """
+
 import logging
 import math
 import os
@@ -127,8 +128,21 @@ class MemorySet:
         """The set of the images `indices` with new `labels` (as many)."""
         return replace(self, images=self.images[indices], labels=labels, num_classes=num_classes)
 
-    def loader(self, batch_size, *, shuffle=False, seed=0, epoch=0, augment=False, start_step=0, rank=0, world_size=1,
-               workers=0, device="cpu", bad_images="error"):
+    def loader(
+        self,
+        batch_size,
+        *,
+        shuffle=False,
+        seed=0,
+        epoch=0,
+        augment=False,
+        start_step=0,
+        rank=0,
+        world_size=1,
+        workers=0,
+        device="cpu",
+        bad_images="error",
+    ):
         """Batches ((B, C, M, N) float32 in channels-last memory, (B,) int64) on `device`; `len` of it counts them.
 
         `batch_size` images over all ranks together, of which `rank` gets its share. `start_step` skips that many
@@ -250,8 +264,21 @@ class FolderSet:
         names = [self.name(index) for index in indices.tolist()]
         return FolderSet.of(self.root, names, labels, num_classes=num_classes, **fields)
 
-    def loader(self, batch_size, *, shuffle=False, seed=0, epoch=0, augment=False, start_step=0, rank=0, world_size=1,
-               workers=0, device="cpu", bad_images="error"):
+    def loader(
+        self,
+        batch_size,
+        *,
+        shuffle=False,
+        seed=0,
+        epoch=0,
+        augment=False,
+        start_step=0,
+        rank=0,
+        world_size=1,
+        workers=0,
+        device="cpu",
+        bad_images="error",
+    ):
         """Batches as those of `MemorySet.loader`, read by `workers` processes (0: by this one).
 
         A file that is no readable image raises UserError with its path, or, with `bad_images` "skip", is left out of

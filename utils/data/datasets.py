@@ -1,5 +1,6 @@
 """The data sets: CIFAR-10 and -100, MNIST, ImageNet, ImageNet32 and scikit-learn's digits, read from their published
 files; and the choice of a part of them."""
+
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The files of CIFAR and MNIST, downloaded once: torchvision knows where they are and their checksums."""
+
 import contextlib
 import fcntl
 import os

@@ -3,6 +3,7 @@
 A pickle is a small program that may call any function by name. Here the few names that numpy arrays need stand for
 functions of this file, which check what they are given; every other name is refused.
 """
+
 import pickle
 import re
 

@@ -3,6 +3,7 @@
 Every job is `run_exps.py --name …` on its experiments, so that a job that was requeued skips what is finished and
 goes on with what was started. What an experiment needs becomes a dependency of its job.
 """
+
 import dataclasses
 import os
 import re
@@ -26,10 +27,15 @@ def add_arguments(group):
     """The flags of --submit."""
     group.add_argument("--partition", metavar="NAME", help="SLURM's partition")
     group.add_argument("--gpus", type=int, default=None, metavar="N", help="GPUs per job (default: none asked for)")
-    group.add_argument("--time", default="24:00:00", metavar="H:M:S", help="time limit of a job (default 24:00:00); a "
-                       "job that meets it is requeued and goes on")
-    group.add_argument("--pack", type=int, default=1, metavar="N", help="experiments per job (default 1), --jobs of "
-                       "them at a time")
+    group.add_argument(
+        "--time",
+        default="24:00:00",
+        metavar="H:M:S",
+        help="time limit of a job (default 24:00:00); a job that meets it is requeued and goes on",
+    )
+    group.add_argument(
+        "--pack", type=int, default=1, metavar="N", help="experiments per job (default 1), --jobs of them at a time"
+    )
 
 
 def minutes(text):
@@ -144,16 +150,27 @@ def _executor(args, work, folder):
     if not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError("--submit slurm: this machine has no sbatch and srun; --submit local does without")
     executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=REQUEUES)
-    parameters = {"time": minutes(args.time), "nodes": 1, "ntasks_per_node": 1, "job_name": "rainbow",
-                  "cpus_per_task": _cpus(args, work), "partition": args.partition, "gpus_per_node": args.gpus}
+    parameters = {
+        "time": minutes(args.time),
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "job_name": "rainbow",
+        "cpus_per_task": _cpus(args, work),
+        "partition": args.partition,
+        "gpus_per_node": args.gpus,
+    }
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return executor
 
 
 def _cpus(args, work):
     """Cores for a job: for each experiment at a time, one and its loader's processes."""
-    workers = [int(flags[flags.index("-j") + 1]) for unit in work for experiment in unit.experiments
-               if "-j" in (flags := experiment.arguments)]  # fmt: skip
+    workers = [
+        int(flags[flags.index("-j") + 1])
+        for unit in work
+        for experiment in unit.experiments
+        if "-j" in (flags := experiment.arguments)
+    ]
     return (args.jobs or 1) * (1 + max(workers, default=1))
 
 

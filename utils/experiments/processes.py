@@ -5,6 +5,7 @@ forks this process, which has imported them once, and runs the script as `python
 an interpreter anew, as a script that runs for hours may. Either way the script has its own session, so that Ctrl-C
 reaches it through the runner alone, and on Linux it is told to stop (SIGTERM) when the runner dies.
 """
+
 import contextlib
 import ctypes
 import importlib
@@ -15,8 +16,18 @@ import subprocess
 import sys
 import traceback
 
-MODULES = ("torch", "torch.optim", "torchvision", "sklearn.datasets", "models", "utils.runs.training", "utils.runs.checkpoints",
-           "utils.data.datasets", "utils.runs.options", "rainbow.sampling")  # fmt: skip
+MODULES = (
+    "torch",
+    "torch.optim",
+    "torchvision",
+    "sklearn.datasets",
+    "models",
+    "utils.runs.training",
+    "utils.runs.checkpoints",
+    "utils.data.datasets",
+    "utils.runs.options",
+    "rainbow.sampling",
+)
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
@@ -49,8 +60,15 @@ class Process:
 def start_fresh(command, log, environment):
     """Starts `command` with its output in the open file `log`. Raises OSError."""
     parent = os.getpid()
-    popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                             start_new_session=True, preexec_fn=lambda: _die_with(parent))  # fmt: skip
+    popen = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: _die_with(parent),
+    )
     return Process(popen.pid, popen)
 
 

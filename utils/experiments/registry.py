@@ -9,6 +9,7 @@ Black Boxes", JMLR 25 (2024): sections and figures are the paper's.
         print(experiment.name, experiment.command())
     figure_sets("paper", 3)["trained"]     # the networks of figure 3, narrowest first
 """
+
 import dataclasses
 import functools
 import hashlib
@@ -55,8 +56,19 @@ class Recipe:
     @property
     def arguments(self):
         workers = () if self.workers is None else ("-j", str(self.workers))
-        return ("-p", "1000", "--epochs", str(self.epochs), "--learning-rate-adjust-frequency", str(self.drop),
-                "--lr", str(self.lr), *workers, "--batch-size", str(self.batch))
+        return (
+            "-p",
+            "1000",
+            "--epochs",
+            str(self.epochs),
+            "--learning-rate-adjust-frequency",
+            str(self.drop),
+            "--lr",
+            str(self.lr),
+            *workers,
+            "--batch-size",
+            str(self.batch),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +145,16 @@ class ResNet:
 
     @property
     def arguments(self):
-        return ("--arch", "resnet18-custom", "--standard-no-bias", "--standard-classifier-no-bias",
-                "--standard-batch-norm", "post", "--standard-width-scaling", f"{self.width:g}")
+        return (
+            "--arch",
+            "resnet18-custom",
+            "--standard-no-bias",
+            "--standard-classifier-no-bias",
+            "--standard-batch-norm",
+            "post",
+            "--standard-width-scaling",
+            f"{self.width:g}",
+        )
 
     def multiply_adds(self, data):
         """Real multiply-adds of the convolutions and the classifier in one forward pass of one image."""
@@ -211,11 +231,19 @@ def train(network, data, recipe, *, scale, group, serves, suffix="", frozen=Fals
     passes = recipe.epochs * ((1 if frozen else 3) * data.train + data.val)
     freeze = ("--freeze-P", *["1"] * len(network.sizes)) if frozen else ()
     return Experiment(
-        name=name, script="main_block.py", scale=scale, group=group, serves=tuple(serves),
+        name=name,
+        script="main_block.py",
+        scale=scale,
+        group=group,
+        serves=tuple(serves),
         arguments=recipe.arguments + data.arguments + network.arguments + freeze + tuple(more),
-        seed=seed_of(name), cost=passes * forward, epochs=recipe.epochs, images=data.train,
-        steps=recipe.epochs * -(-data.train // recipe.batch), **{"kind": "trained", **fields},
-    )  # fmt: skip
+        seed=seed_of(name),
+        cost=passes * forward,
+        epochs=recipe.epochs,
+        images=data.train,
+        steps=recipe.epochs * -(-data.train // recipe.batch),
+        **{"kind": "trained", **fields},
+    )
 
 
 RESAMPLING_PASSES = 6
@@ -227,18 +255,34 @@ def resample(trained, network, data, repeats=None, **fields):
     more = () if repeats is None else ("--num-repeats", str(repeats))
     passes = RESAMPLING_PASSES * (repeats or 1) * data.train
     return dataclasses.replace(
-        trained, name=name, script="resample.py", arguments=("--experiment", trained.name, *more), seed=seed_of(name),
-        kind="resampled", needs=(trained.name,), output="checkpoint_repeat0.pt", epochs=1,
-        cost=passes * network.multiply_adds(data), steps=RESAMPLING_PASSES * (repeats or 1) * -(-data.train // 128),
+        trained,
+        name=name,
+        script="resample.py",
+        arguments=("--experiment", trained.name, *more),
+        seed=seed_of(name),
+        kind="resampled",
+        needs=(trained.name,),
+        output="checkpoint_repeat0.pt",
+        epochs=1,
+        cost=passes * network.multiply_adds(data),
+        steps=RESAMPLING_PASSES * (repeats or 1) * -(-data.train // 128),
         **fields,
-    )  # fmt: skip
+    )
 
 
 def retrain(resampled, network, data, recipe, **fields):
     """The experiment that trains the classifier of a resampled network anew: "rainbow + trained classifier"."""
-    return train(network, data, recipe, frozen=True, suffix="-load-gaussian-retrainclf", kind="retrained",
-                 more=("--resume", f"{resampled.name}/checkpoint_repeat0.pt", "--restart"),
-                 needs=(resampled.name,), **fields)  # fmt: skip
+    return train(
+        network,
+        data,
+        recipe,
+        frozen=True,
+        suffix="-load-gaussian-retrainclf",
+        kind="retrained",
+        more=("--resume", f"{resampled.name}/checkpoint_repeat0.pt", "--restart"),
+        needs=(resampled.name,),
+        **fields,
+    )
 
 
 def scaled(sizes, exponent):
@@ -284,29 +328,63 @@ class Scale:
 
 
 PAPER = Scale(
-    name="paper", data=CIFAR10, recipe=Recipe(150, 50, 0.01, 128, 2),
-    deep=(64, 128, 256, 512, 512, 512, 512, 512), shallow=(64, 128, 256, 512), shallow_factorize=None,
-    large_data=IMAGENET1K, large_recipe=Recipe(150, 50, 0.01, 128, 10),
-    large=Scattering((32, 64, 64, 128, 256, 512, 512, 512, 512, 512, 256), skip=True, norm=False, kind="Pc",
-                     factorize=1, plain_classifier=False),
-    resnet_recipe=Recipe(90, 30, 0.1, 256, 10), resnet_prefix="standard", resnet_suffix="-fix",
-    resnet_widths=range(-3, 4), resnet_shown=0,
-    gaussianity=50, resampling_widths=range(-3, 4), resampling_skip=True, repeats=None,
-    activation_widths=range(-3, 4), activation_inits=1,
-    weight_widths=range(-3, 6), weight_inits=10, many=50,
-)  # fmt: skip
+    name="paper",
+    data=CIFAR10,
+    recipe=Recipe(150, 50, 0.01, 128, 2),
+    deep=(64, 128, 256, 512, 512, 512, 512, 512),
+    shallow=(64, 128, 256, 512),
+    shallow_factorize=None,
+    large_data=IMAGENET1K,
+    large_recipe=Recipe(150, 50, 0.01, 128, 10),
+    large=Scattering(
+        (32, 64, 64, 128, 256, 512, 512, 512, 512, 512, 256),
+        skip=True,
+        norm=False,
+        kind="Pc",
+        factorize=1,
+        plain_classifier=False,
+    ),
+    resnet_recipe=Recipe(90, 30, 0.1, 256, 10),
+    resnet_prefix="standard",
+    resnet_suffix="-fix",
+    resnet_widths=range(-3, 4),
+    resnet_shown=0,
+    gaussianity=50,
+    resampling_widths=range(-3, 4),
+    resampling_skip=True,
+    repeats=None,
+    activation_widths=range(-3, 4),
+    activation_inits=1,
+    weight_widths=range(-3, 6),
+    weight_inits=10,
+    many=50,
+)
 
 LAPTOP = Scale(
-    name="laptop", data=DIGITS, recipe=Recipe(15, 5, 0.05, 32),
-    deep=(16, 32, 64, 64), shallow=(16, 32, 64, 64), shallow_factorize=0,
-    large_data=DIGITS32, large_recipe=Recipe(15, 5, 0.05, 32),
+    name="laptop",
+    data=DIGITS,
+    recipe=Recipe(15, 5, 0.05, 32),
+    deep=(16, 32, 64, 64),
+    shallow=(16, 32, 64, 64),
+    shallow_factorize=0,
+    large_data=DIGITS32,
+    large_recipe=Recipe(15, 5, 0.05, 32),
     large=Scattering((8, 16, 16, 32, 32, 64), skip=True, norm=False, kind="Pc", factorize=1, plain_classifier=False),
-    resnet_recipe=Recipe(15, 5, 0.05, 32), resnet_prefix="digits32", resnet_suffix="",
-    resnet_widths=range(-4, 0), resnet_shown=-1,
-    gaussianity=20, resampling_widths=range(-3, 3), resampling_skip=False, repeats=3,
-    activation_widths=range(-3, 3), activation_inits=2,
-    weight_widths=range(-3, 3), weight_inits=3, many=20,
-)  # fmt: skip
+    resnet_recipe=Recipe(15, 5, 0.05, 32),
+    resnet_prefix="digits32",
+    resnet_suffix="",
+    resnet_widths=range(-4, 0),
+    resnet_shown=-1,
+    gaussianity=20,
+    resampling_widths=range(-3, 3),
+    resampling_skip=False,
+    repeats=3,
+    activation_widths=range(-3, 3),
+    activation_inits=2,
+    weight_widths=range(-3, 3),
+    weight_inits=3,
+    many=20,
+)
 
 # Figure 3, top-1 in percent for width scalings 2^-3 ... 2^2 (the widest is trained but has no number there).
 FIGURE_3 = {
@@ -325,10 +403,20 @@ def _published_in_figure_3(scale, kind, exponent):
 def gaussianity(scale):
     """Many networks of one width (figures 1, 2, 8): are their weights Gaussian once aligned and whitened?"""
     published = {"acc1": 88.3, "source": "figure 8, j = 4, full rank"} if scale is PAPER else None
-    return [train(Scattering(scale.deep), scale.data, scale.recipe, suffix=f"-gaussiantest-init{init}", init=init,
-                  scale=scale.name, group="gaussianity", published=published,
-                  serves=[(figure, "networks") for figure in (1, 2, 8)])
-            for init in range(1, scale.gaussianity + 1)]  # fmt: skip
+    return [
+        train(
+            Scattering(scale.deep),
+            scale.data,
+            scale.recipe,
+            suffix=f"-gaussiantest-init{init}",
+            init=init,
+            scale=scale.name,
+            group="gaussianity",
+            published=published,
+            serves=[(figure, "networks") for figure in (1, 2, 8)],
+        )
+        for init in range(1, scale.gaussianity + 1)
+    ]
 
 
 def resampling(scale):
@@ -339,17 +427,43 @@ def resampling(scale):
         network = Scattering(scaled(scale.deep, exponent), skip=scale.resampling_skip)
         place = {"scale": scale.name, "width": 2.0**exponent}
         published = functools.partial(_published_in_figure_3, scale, exponent=exponent)
-        trained = train(network, scale.data, scale.recipe, group="resampling", serves=[(3, "trained")],
-                        published=published("trained"), **place)
-        sampled = resample(trained, network, scale.data, scale.repeats, serves=((3, "rainbow"),),
-                           published=published("resampled"))
-        retrained = retrain(sampled, network, scale.data, scale.recipe, group="resampling",
-                            serves=[(3, "retrained")], published=published("retrained"), **place)
-        white = train(network, scale.data, scale.recipe, frozen=True, suffix="-white-trainclf", kind="white", ours=True,
-                      group="resampling_baseline", serves=[(3, "white")], **place)
+        trained = train(
+            network,
+            scale.data,
+            scale.recipe,
+            group="resampling",
+            serves=[(3, "trained")],
+            published=published("trained"),
+            **place,
+        )
+        sampled = resample(
+            trained, network, scale.data, scale.repeats, serves=((3, "rainbow"),), published=published("resampled")
+        )
+        retrained = retrain(
+            sampled,
+            network,
+            scale.data,
+            scale.recipe,
+            group="resampling",
+            serves=[(3, "retrained")],
+            published=published("retrained"),
+            **place,
+        )
+        white = train(
+            network,
+            scale.data,
+            scale.recipe,
+            frozen=True,
+            suffix="-white-trainclf",
+            kind="white",
+            ours=True,
+            group="resampling_baseline",
+            serves=[(3, "white")],
+            **place,
+        )
         for row, experiment in zip(rows.values(), (trained, sampled, retrained, white)):
             row.append(experiment)
-    return [experiment for row in rows.values() for experiment in row]  # fmt: skip
+    return [experiment for row in rows.values() for experiment in row]
 
 
 def activation_convergence(scale):
@@ -360,46 +474,95 @@ def activation_convergence(scale):
         for init in range(1, scale.activation_inits + 1):
             serves = [(4, "widths")] * (init == 1) + [(5, "scattering")]
             suffix = f"-init{init}" if scale.activation_inits > 1 else ""
-            scattering.append(train(Scattering(scaled(scale.deep, exponent)), scale.data, scale.recipe, serves=serves,
-                                    width=2.0**exponent, init=init, suffix=suffix, **group))
+            scattering.append(
+                train(
+                    Scattering(scaled(scale.deep, exponent)),
+                    scale.data,
+                    scale.recipe,
+                    serves=serves,
+                    width=2.0**exponent,
+                    init=init,
+                    suffix=suffix,
+                    **group,
+                )
+            )
     resnets = []
     for exponent in scale.resnet_widths:
         shown = exponent == scale.resnet_shown
         published = {"acc5": 89.0, "source": "figure 7"} if shown and scale is PAPER else None
-        resnets.append(train(ResNet(2.0**exponent), scale.large_data, scale.resnet_recipe, prefix=scale.resnet_prefix,
-                             suffix=scale.resnet_suffix, width=2.0**exponent, published=published,
-                             serves=[(5, "resnet")] + [(7, "resnet")] * shown, **group))
+        resnets.append(
+            train(
+                ResNet(2.0**exponent),
+                scale.large_data,
+                scale.resnet_recipe,
+                prefix=scale.resnet_prefix,
+                suffix=scale.resnet_suffix,
+                width=2.0**exponent,
+                published=published,
+                serves=[(5, "resnet")] + [(7, "resnet")] * shown,
+                **group,
+            )
+        )
     return scattering + resnets
 
 
 def weight_convergence(scale):
     """Four-block networks of every width, a few of each, and many of width 1 (figure 6): do covariances converge?"""
+
     def variant(sizes, suffix, init, **fields):
         network = Scattering(sizes, norm=False, factorize=scale.shallow_factorize, decay=False)
-        return train(network, scale.data, scale.recipe, scale=scale.name, group="weight_convergence", init=init,
-                     suffix=f"-paperexps{suffix}-init{init}", **fields)
+        return train(
+            network,
+            scale.data,
+            scale.recipe,
+            scale=scale.name,
+            group="weight_convergence",
+            init=init,
+            suffix=f"-paperexps{suffix}-init{init}",
+            **fields,
+        )
 
     *inner, last = scale.shallow
     published = {"acc1": 80.9, "source": "figure 6 c, full rank"} if scale is PAPER else None
-    widths = [variant((*scaled(inner, exponent), last), "-scalewidth", init, width=2.0**exponent,
-                      serves=[(6, "widths")])
-              for exponent in scale.weight_widths for init in range(1, scale.weight_inits + 1)]
-    many = [variant(scale.shallow, "", init, published=published, serves=[(6, "many")])
-            for init in range(1, scale.many + 1)]
-    return widths + many  # fmt: skip
+    widths = [
+        variant((*scaled(inner, exponent), last), "-scalewidth", init, width=2.0**exponent, serves=[(6, "widths")])
+        for exponent in scale.weight_widths
+        for init in range(1, scale.weight_inits + 1)
+    ]
+    many = [
+        variant(scale.shallow, "", init, published=published, serves=[(6, "many")]) for init in range(1, scale.many + 1)
+    ]
+    return widths + many
 
 
 def imagenet_spectra(scale):
     """The complex skip network (figure 7); the ResNet beside it is one of `activation_convergence`."""
     published = {"acc5": 89.0, "source": "figure 7"} if scale is PAPER else None
-    return [train(scale.large, scale.large_data, scale.large_recipe, scale=scale.name, group="imagenet_spectra",
-                  serves=[(7, "scattering")], published=published)]  # fmt: skip
+    return [
+        train(
+            scale.large,
+            scale.large_data,
+            scale.large_recipe,
+            scale=scale.name,
+            group="imagenet_spectra",
+            serves=[(7, "scattering")],
+            published=published,
+        )
+    ]
 
 
 def dynamics(scale):
     """One network whose first epochs are kept (figure 9): training amplifies the weights where Ĉ is large."""
-    return [train(Scattering(scale.deep, norm=False, decay=False), scale.data, scale.recipe, scale=scale.name,
-                  group="dynamics", serves=[(9, "network")])]  # fmt: skip
+    return [
+        train(
+            Scattering(scale.deep, norm=False, decay=False),
+            scale.data,
+            scale.recipe,
+            scale=scale.name,
+            group="dynamics",
+            serves=[(9, "network")],
+        )
+    ]
 
 
 # --- The registry ------------------------------------------------------------------------------------------------
@@ -456,14 +619,19 @@ def figure_sets(scale, figure):
 
 def renamed(experiment, rename):
     """The same experiment in another folder, needs and the files it reads included; `rename`: name -> name."""
+
     def moved(argument):
         for need in experiment.needs:
             if argument == need or argument.startswith(f"{need}/"):
-                return rename(need) + argument[len(need):]
+                return rename(need) + argument[len(need) :]
         return argument
 
-    return dataclasses.replace(experiment, name=rename(experiment.name), needs=tuple(map(rename, experiment.needs)),
-                               arguments=tuple(map(moved, experiment.arguments)))  # fmt: skip
+    return dataclasses.replace(
+        experiment,
+        name=rename(experiment.name),
+        needs=tuple(map(rename, experiment.needs)),
+        arguments=tuple(map(moved, experiment.arguments)),
+    )
 
 
 def with_init(experiment, init):
@@ -484,8 +652,9 @@ def trial(experiment, overrides):
     epochs = int(overrides.get("--epochs", other.epochs))
     arguments = tuple(token for flag, values in flags.items() for token in (flag, *values))
     share = epochs / other.epochs
-    return dataclasses.replace(other, arguments=arguments, epochs=epochs, cost=int(other.cost * share),
-                               steps=int(other.steps * share))  # fmt: skip
+    return dataclasses.replace(
+        other, arguments=arguments, epochs=epochs, cost=int(other.cost * share), steps=int(other.steps * share)
+    )
 
 
 def flags_of(arguments):

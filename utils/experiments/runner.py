@@ -4,6 +4,7 @@ What is finished is skipped, what was started goes on, a changed definition is r
 end of its log while the independent rest goes on. Several runners may share a folder: each leaves to the others what
 they are at.
 """
+
 import dataclasses
 import os
 import shutil
@@ -129,8 +130,11 @@ class Runner:
         self._clear_line()
         if self.signal is not None:
             done = self._count("finished")
-            raise StoppedError(f"stopped by a signal; {done} of {len(self.experiments)} experiments are finished, "
-                               "the same command goes on with the rest", self.signal)
+            raise StoppedError(
+                f"stopped by a signal; {done} of {len(self.experiments)} experiments are finished, "
+                "the same command goes on with the rest",
+                self.signal,
+            )
         return self._summary()
 
     # --- What can be started ---
@@ -149,7 +153,7 @@ class Runner:
                 self.outcome[experiment.name] = verdict
 
     def _verdict(self, experiment):
-        """"wait", "ready", or the outcome of an experiment for which there is nothing to do."""
+        """ "wait", "ready", or the outcome of an experiment for which there is nothing to do."""
         known = {other.name for other in self.waiting} | {run.experiment.name for run in self.running}
         if any(need in known for need in experiment.needs):
             return "wait"
@@ -164,8 +168,10 @@ class Runner:
             return "blocked"
         if state.name == "changed":
             folder = self.settings.root / experiment.name
-            self._say(f"{experiment.name}: left out, {folder} was made by another command ({state.detail}); "
-                      "move it away to run this one")  # fmt: skip
+            self._say(
+                f"{experiment.name}: left out, {folder} was made by another command ({state.detail}); "
+                "move it away to run this one"
+            )
             return "changed"
         if state.name == "running":
             self._leave_to(state.detail, experiment)

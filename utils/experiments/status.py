@@ -3,6 +3,7 @@
 Reads what `utils/checkpoints.py` and `resample.py` leave in ROOT/NAME (args.json, status.json, metrics.csv), without
 torch, so that a table of all experiments takes no time.
 """
+
 import csv
 import dataclasses
 import json
@@ -13,8 +14,20 @@ from utils import lock
 from utils.experiments.registry import flags_of
 
 # Flags that say where and how fast something runs, not what it computes.
-PLACEMENT = {"-p", "--print-freq", "-j", "--workers", "--device", "--checkpoints", "--data", "--data-dir", "--dir",
-             "--experiment", "--resume", "--tensorboard"}  # fmt: skip
+PLACEMENT = {
+    "-p",
+    "--print-freq",
+    "-j",
+    "--workers",
+    "--device",
+    "--checkpoints",
+    "--data",
+    "--data-dir",
+    "--dir",
+    "--experiment",
+    "--resume",
+    "--tensorboard",
+}
 ALIASES = {"-b": "--batch-size", "--wd": "--weight-decay", "-a": "--arch"}
 
 # A step's own cost beside its products (loader, Python, small kernels), in multiply-adds of one core.
@@ -187,8 +200,16 @@ def status_table(root, experiments):
     notes = []
     for experiment, state in zip(experiments, states):
         left = remaining(experiment, state)
-        rows.append((experiment.name, state.name, _epochs(experiment, state), _accuracy(experiment, state),
-                     _published(experiment), duration(clock.foretell(left)) if left else ""))
+        rows.append(
+            (
+                experiment.name,
+                state.name,
+                _epochs(experiment, state),
+                _accuracy(experiment, state),
+                _published(experiment),
+                duration(clock.foretell(left)) if left else "",
+            )
+        )
         if state.detail and state.name in ("changed", "damaged", "failed"):
             notes.append(f"{experiment.name}: {state.name}: {state.detail}")
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -199,7 +220,7 @@ def status_table(root, experiments):
     total = sum(remaining(experiment, state) for experiment, state in zip(experiments, states))
     left = f"; about {duration(clock.foretell(total))} left, one after another" if total and clock.work else ""
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return [*lines, *notes, f"{len(experiments)} experiments: {summary}{left}"]  # fmt: skip
+    return [*lines, *notes, f"{len(experiments)} experiments: {summary}{left}"]
 
 
 def _epochs(experiment, state):

@@ -35,33 +35,56 @@ def claims_of(figure: int, numbers: FigureData) -> list[Claim]:
 def _gaussian(numbers):
     p = numbers["p_values"]
     passed = (p > 0.01).mean()
-    return [("whitened weights are Gaussian along principal directions: not all p-values (KS test) are below 1 %",
-             "8 of 9 above 1 %", f"{int((p > 0.01).sum())} of {p.size} above 1 % (median {np.median(p):.3f})",
-             bool(passed > 0))]
+    return [
+        (
+            "whitened weights are Gaussian along principal directions: not all p-values (KS test) are below 1 %",
+            "8 of 9 above 1 %",
+            f"{int((p > 0.01).sum())} of {p.size} above 1 % (median {np.median(p):.3f})",
+            bool(passed > 0),
+        )
+    ]
 
 
 def _bulk(numbers):
     coloured, white = numbers["outside_coloured"], numbers["outside_white"]
-    return [("at every layer fewer eigenvalues of whitened than of coloured weights lie outside the bulk",
-             "21.1, 12.1, 26.8 % coloured; 1.6, 3.9, 8.4 % whitened",
-             f"{_list(100 * coloured)} % coloured; {_list(100 * white)} % whitened", bool((white < coloured).all()))]
+    return [
+        (
+            "at every layer fewer eigenvalues of whitened than of coloured weights lie outside the bulk",
+            "21.1, 12.1, 26.8 % coloured; 1.6, 3.9, 8.4 % whitened",
+            f"{_list(100 * coloured)} % coloured; {_list(100 * white)} % whitened",
+            bool((white < coloured).all()),
+        )
+    ]
 
 
 def _resampling(numbers):
     rainbow, trained, white = numbers["rainbow"], numbers["trained"], numbers["white"]
     gap = trained - rainbow
     return [
-        ("the accuracy of rainbow networks rises with width towards that of trained ones",
-         "54.8 to 84.7 %, 33.2 to 7.2 points below the trained",
-         f"{rainbow[0]:.1f} to {rainbow[-1]:.1f} %, {gap[0]:.1f} to {gap[-1]:.1f} points below the trained",
-         bool(_rises(rainbow, 2.0) and gap[-1] < gap[0])),
-        ("training its classifier brings a rainbow network nearer to the trained one", "67.2 to 88.7 %",
-         f"{numbers['retrained'][0]:.1f} to {numbers['retrained'][-1]:.1f} %",
-         bool((numbers["retrained"] >= rainbow - 1).all())),
-        ("rainbow networks with a trained classifier are above white random features (ours)", "not in the paper",
-         f"by {_list(numbers['retrained'] - white)} points", bool((numbers["retrained"] > white).all())),
-        ("rainbow networks, their classifier only rotated, are above white random features with a trained one (ours)",
-         "not in the paper", f"by {_list(rainbow - white)} points", bool((rainbow > white).all())),
+        (
+            "the accuracy of rainbow networks rises with width towards that of trained ones",
+            "54.8 to 84.7 %, 33.2 to 7.2 points below the trained",
+            f"{rainbow[0]:.1f} to {rainbow[-1]:.1f} %, {gap[0]:.1f} to {gap[-1]:.1f} points below the trained",
+            bool(_rises(rainbow, 2.0) and gap[-1] < gap[0]),
+        ),
+        (
+            "training its classifier brings a rainbow network nearer to the trained one",
+            "67.2 to 88.7 %",
+            f"{numbers['retrained'][0]:.1f} to {numbers['retrained'][-1]:.1f} %",
+            bool((numbers["retrained"] >= rainbow - 1).all()),
+        ),
+        (
+            "rainbow networks with a trained classifier are above white random features (ours)",
+            "not in the paper",
+            f"by {_list(numbers['retrained'] - white)} points",
+            bool((numbers["retrained"] > white).all()),
+        ),
+        (
+            "rainbow networks with a rotated classifier beat white random features with a trained one (ours)",
+            "not in the paper",
+            f"by {_list(rainbow - white)} points",
+            bool((rainbow > white).all()),
+        ),
     ]
 
 
@@ -77,9 +100,14 @@ def _falls(errors):
 
 def _spectra(numbers):
     decades = {int(j): _decades(numbers[f"layer_{j}"]) for j in numbers["layers"]}
-    return [("activation spectra decay by at least two orders of magnitude", "plot only",
-             ", ".join(f"{value:.1f} (j = {j})" for j, value in decades.items()) + " orders",
-             bool(min(decades.values()) >= 2))]
+    return [
+        (
+            "activation spectra decay by at least two orders of magnitude",
+            "plot only",
+            ", ".join(f"{value:.1f} (j = {j})" for j, value in decades.items()) + " orders",
+            bool(min(decades.values()) >= 2),
+        )
+    ]
 
 
 def _decades(eigenvalues):
@@ -93,9 +121,14 @@ def _alignment(numbers):
     for name, title in (("scattering", "scattering networks"), ("resnet", "ResNet-18")):
         errors = numbers[f"{name}_errors"]
         falls = [_falls(row) for row in errors]
-        claims.append((f"the alignment error to the widest network falls with width in every layer but noise ({title})",
-                       published[name], f"{sum(falls)} of {len(falls)} layers; mean {errors[:, 0].mean():.2f} to "
-                       f"{errors[:, -1].mean():.2f}", bool(all(falls))))
+        claims.append(
+            (
+                f"the alignment error to the widest network falls with width in every layer but noise ({title})",
+                published[name],
+                f"{sum(falls)} of {len(falls)} layers; mean {errors[:, 0].mean():.2f} to {errors[:, -1].mean():.2f}",
+                bool(all(falls)),
+            )
+        )
     return claims
 
 
@@ -105,11 +138,18 @@ def _covariance(numbers):
     ranks, accuracies = numbers["clip_ranks"], numbers["clip_accuracies"][-1]
     enough = int(ranks[np.argmax(accuracies >= full[-1] - 1)])
     return [
-        ("the distance of weight covariances to those of the widest networks falls with width but noise", "plot only",
-         "; ".join(f"{row[0]:.2f} to {row[-1]:.2f} (j = {j})" for j, row in zip(numbers["error_layers"], errors)),
-         bool(all(_falls(row) for row in errors))),
-        ("a few principal directions hold all the accuracy", "79.8 of 80.9 % at 40 of 320 directions",
-         f"within 1 point of {full[-1]:.1f} % at {enough} of {ranks[-1]} directions", bool(enough <= ranks[-1] / 4)),
+        (
+            "the distance of weight covariances to those of the widest networks falls with width but noise",
+            "plot only",
+            "; ".join(f"{row[0]:.2f} to {row[-1]:.2f} (j = {j})" for j, row in zip(numbers["error_layers"], errors)),
+            bool(all(_falls(row) for row in errors)),
+        ),
+        (
+            "a few principal directions hold all the accuracy",
+            "79.8 of 80.9 % at 40 of 320 directions",
+            f"within 1 point of {full[-1]:.1f} % at {enough} of {ranks[-1]} directions",
+            bool(enough <= ranks[-1] / 4),
+        ),
     ]
 
 
@@ -118,9 +158,14 @@ def _imagenet(numbers):
     for name in ("scattering", "resnet"):
         decades = [_decades(numbers[f"{name}_activations_{j}"]) for j in numbers[f"{name}_layers"]]
         measured.append(min(decades))
-    return [("activation spectra of large networks decay fast at every layer", "plot only",
-             f"at least {measured[0]:.1f} (scattering) and {measured[1]:.1f} (ResNet-18) orders",
-             bool(min(measured) >= 2))]
+    return [
+        (
+            "activation spectra of large networks decay fast at every layer",
+            "plot only",
+            f"at least {measured[0]:.1f} (scattering) and {measured[1]:.1f} (ResNet-18) orders",
+            bool(min(measured) >= 2),
+        )
+    ]
 
 
 def _clipping(numbers):
@@ -132,12 +177,23 @@ def _clipping(numbers):
         tenth[int(j)] = [float(numbers[f"accuracy_{name}_{j}"][place]) for name in ("weight", "kernel", "random")]
     for j in layers[:2]:
         weight, kernel, chance = tenth[int(j)]
-        claims.append((f"clipped to a tenth of the rank, weight and kernel PCA are 10 points above random (j = {j})",
-                       "88.3, 87.8 and 58.1 % (j = 4)", f"{weight:.1f}, {kernel:.1f} and {chance:.1f} %",
-                       bool(min(weight, kernel) >= chance + 10)))
+        claims.append(
+            (
+                f"clipped to a tenth of the rank, weight and kernel PCA are 10 points above random (j = {j})",
+                "88.3, 87.8 and 58.1 % (j = 4)",
+                f"{weight:.1f}, {kernel:.1f} and {chance:.1f} %",
+                bool(min(weight, kernel) >= chance + 10),
+            )
+        )
     beside = "; ".join(f"{values[0]:.1f} and {values[1]:.1f} % (j = {j})" for j, values in tenth.items())
-    claims.append(("weight PCA needs no more directions than kernel PCA: as accurate at a tenth of the rank",
-                   "88.3 and 87.8 % (j = 4)", beside, bool(all(v[0] >= v[1] - 1 for v in tenth.values()))))
+    claims.append(
+        (
+            "weight PCA needs no more directions than kernel PCA: as accurate at a tenth of the rank",
+            "88.3 and 87.8 % (j = 4)",
+            beside,
+            bool(all(v[0] >= v[1] - 1 for v in tenth.values())),
+        )
+    )
     return claims
 
 
@@ -146,12 +202,18 @@ def _dynamics(numbers):
     third = max(len(final) // 3, 1)
     head, tail = np.exp(np.log(final[:third]).mean()), np.exp(np.log(final[-third:]).mean())
     return [
-        ("training amplifies the weights along the first principal directions, less with rank", "plot only",
-         f"{final[0]:.1f} in the first direction; mean {head:.2f} in the first third of ranks, {tail:.2f} in the last",
-         bool(final[0] > 1.5 and head > tail)),
-        ("training amplifies the weights more than it turns them", "plot only",
-         f"cosine similarity: median {np.median(cosine):.2f}, first direction {cosine[0]:.2f}",
-         bool(np.median(cosine) > 0.5)),
+        (
+            "training amplifies the weights along the first principal directions, less with rank",
+            "plot only",
+            f"{final[0]:.1f} in the first direction; mean {head:.2f} in the first third, {tail:.2f} in the last",
+            bool(final[0] > 1.5 and head > tail),
+        ),
+        (
+            "training amplifies the weights more than it turns them",
+            "plot only",
+            f"cosine similarity: median {np.median(cosine):.2f}, first direction {cosine[0]:.2f}",
+            bool(np.median(cosine) > 0.5),
+        ),
     ]
 
 
@@ -159,8 +221,17 @@ def _list(values):
     return ", ".join(f"{value:.1f}" for value in values)
 
 
-CLAIMS: dict[int, Callable] = {1: _gaussian, 2: _bulk, 3: _resampling, 4: _spectra, 5: _alignment, 6: _covariance,
-                               7: _imagenet, 8: _clipping, 9: _dynamics}
+CLAIMS: dict[int, Callable] = {
+    1: _gaussian,
+    2: _bulk,
+    3: _resampling,
+    4: _spectra,
+    5: _alignment,
+    6: _covariance,
+    7: _imagenet,
+    8: _clipping,
+    9: _dynamics,
+}
 
 
 # --- Beside the paper: rows (what, published, this run) for the table under a figure of another scale --------------
@@ -182,17 +253,25 @@ def _compare_gaussian(numbers, published):
 
 
 def _compare_bulk(numbers, published):
-    return [(f"outside the bulk, {name}, j = {layer}", f"{100 * published[f'outside_{name}'][k]:.1f} %",
-             f"{100 * numbers[f'outside_{name}'][k]:.1f} % (j = {numbers['layers'][k]})")
-            for name in ("coloured", "white") for k, layer in enumerate(published["layers"])]
+    return [
+        (
+            f"outside the bulk, {name}, j = {layer}",
+            f"{100 * published[f'outside_{name}'][k]:.1f} %",
+            f"{100 * numbers[f'outside_{name}'][k]:.1f} % (j = {numbers['layers'][k]})",
+        )
+        for name in ("coloured", "white")
+        for k, layer in enumerate(published["layers"])
+    ]
 
 
 def _compare_resampling(numbers, published):
     rows = []
     for name, title in (("trained", "trained"), ("retrained", "rainbow + trained classifier"), ("rainbow", "rainbow")):
         own = dict(zip(numbers["widths"].tolist(), numbers[name].tolist()))
-        rows += [(f"{title}, s = {width:g}", f"{value:.2f} %", f"{own[width]:.1f} %" if width in own else "")
-                 for width, value in zip(published["widths"], published[name])]
+        rows += [
+            (f"{title}, s = {width:g}", f"{value:.2f} %", f"{own[width]:.1f} %" if width in own else "")
+            for width, value in zip(published["widths"], published[name])
+        ]
     return rows
 
 
@@ -203,10 +282,20 @@ def _compare_alignment(numbers, published):
         at = f"s = {published['widths'][i]:g}"
         here = f"(s = {widths[place]:g})"
         others = errors[1:, place]
-        rows.append((f"first layer, {at}", f"{'about' if i == 0 else 'below'} {published['first'][i]}",
-                     f"{errors[0, place]:.2f} {here}"))
-        rows.append((f"other layers, {at}", f"{published['others_low'][i]} to {published['others_high'][i]}",
-                     f"{others.min():.2f} to {others.max():.2f} {here}" if len(others) else ""))
+        rows.append(
+            (
+                f"first layer, {at}",
+                f"{'about' if i == 0 else 'below'} {published['first'][i]}",
+                f"{errors[0, place]:.2f} {here}",
+            )
+        )
+        rows.append(
+            (
+                f"other layers, {at}",
+                f"{published['others_low'][i]} to {published['others_high'][i]}",
+                f"{others.min():.2f} to {others.max():.2f} {here}" if len(others) else "",
+            )
+        )
     return rows
 
 
@@ -215,14 +304,21 @@ def _compare_covariance(numbers, published):
     rows = []
     for rank, value in zip(published["ranks"], published["accuracies"]):
         place = int(np.argmin(np.abs(ranks - rank / published["ranks"][-1] * ranks[-1])))
-        rows.append((f"clipped to d = {rank} of {published['ranks'][-1]}", f"{value:.1f} %",
-                     f"{accuracies[place]:.1f} % (d = {ranks[place]} of {ranks[-1]})"))
+        rows.append(
+            (
+                f"clipped to d = {rank} of {published['ranks'][-1]}",
+                f"{value:.1f} %",
+                f"{accuracies[place]:.1f} % (d = {ranks[place]} of {ranks[-1]})",
+            )
+        )
     return rows
 
 
 def _compare_imagenet(numbers, published):
-    return [(f"top-5 accuracy, {name}", f"{value} %", f"{numbers[f'{name}_acc5']:.1f} %")
-            for name, value in published["acc5"].items()]
+    return [
+        (f"top-5 accuracy, {name}", f"{value} %", f"{numbers[f'{name}_acc5']:.1f} %")
+        for name, value in published["acc5"].items()
+    ]
 
 
 def _compare_clipping(numbers, published):
@@ -232,10 +328,22 @@ def _compare_clipping(numbers, published):
         for name, values in bases.items():
             for step, value in list(zip(published["steps"], values))[1:7]:
                 place = int(np.argmin(np.abs(ranks - step / published["of"] * ranks[-1])))
-                rows.append((f"{name} basis, j = {layer}, d = {2 * step} % of D", f"{value:.1f} %",
-                             f"{numbers[f'accuracy_{name}_{own}'][place]:.1f} % (j = {own})"))
+                rows.append(
+                    (
+                        f"{name} basis, j = {layer}, d = {2 * step} % of D",
+                        f"{value:.1f} %",
+                        f"{numbers[f'accuracy_{name}_{own}'][place]:.1f} % (j = {own})",
+                    )
+                )
     return rows
 
 
-COMPARISONS = {1: _compare_gaussian, 2: _compare_bulk, 3: _compare_resampling, 5: _compare_alignment,
-               6: _compare_covariance, 7: _compare_imagenet, 8: _compare_clipping}
+COMPARISONS = {
+    1: _compare_gaussian,
+    2: _compare_bulk,
+    3: _compare_resampling,
+    5: _compare_alignment,
+    6: _compare_covariance,
+    7: _compare_imagenet,
+    8: _compare_clipping,
+}

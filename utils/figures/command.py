@@ -62,29 +62,63 @@ def _grid(rows, key):
 
 def _figure(number, title, size, panels):
     name = list(_NAMES)[number - 1]
-    return Figure(number, name, title, size, getattr(numbers_of, name), getattr(drawing, name),
-                  panels if callable(panels) else lambda _: panels)
+    return Figure(
+        number,
+        name,
+        title,
+        size,
+        getattr(numbers_of, name),
+        getattr(drawing, name),
+        panels if callable(panels) else lambda _: panels,
+    )
 
 
-_NAMES = ("gaussian_histograms", "marchenko_pastur", "resampling_width", "activation_spectra", "alignment_convergence",
-          "covariance_convergence", "imagenet_spectra", "clipping", "training_dynamics")  # fmt: skip
+_NAMES = (
+    "gaussian_histograms",
+    "marchenko_pastur",
+    "resampling_width",
+    "activation_spectra",
+    "alignment_convergence",
+    "covariance_convergence",
+    "imagenet_spectra",
+    "clipping",
+    "training_dynamics",
+)
 
-FIGURES = {figure.number: figure for figure in (
-    _figure(1, "Whitened weights are Gaussian", (7, 5.2),
-            lambda n: [[f"r{i} j{k}" for k in range(len(n["layers"]))] for i in range(len(n["ranks"]))]),
-    _figure(2, "Spectra of coloured and of whitened weights", (7.5, 4), _grid(("coloured", "white"), "layers")),
-    _figure(3, "Accuracy of rainbow networks", (4.6, 3.4), [["accuracy"]]),
-    _figure(4, "Spectra of activations", (7.5, 3.4), [["widths", "layers"]]),
-    _figure(5, "Activations converge with width", (7.5, 3.2), [["scattering", "resnet"]]),
-    _figure(6, "Covariances converge with networks and with width", (7.5, 5.8),
-            [["networks", "widths"], ["clipped", "errors"]]),
-    _figure(7, "Spectra of large networks", (7.5, 6),
-            [["scattering activations", "scattering weights"], ["resnet activations", "resnet weights"]]),
-    _figure(8, "Clipped networks", (7.5, 4.4), _grid(("variance", "accuracy"), "layers")),
-    _figure(9, "Training amplifies the weights", (7.5, 5.6),
-            [["amplification"] * 3 + ["cosine"] * 3,
-             ["plane 0"] * 2 + ["plane 1"] * 2 + ["plane 2"] * 2]),
-)}  # fmt: skip
+FIGURES = {
+    figure.number: figure
+    for figure in (
+        _figure(
+            1,
+            "Whitened weights are Gaussian",
+            (7, 5.2),
+            lambda n: [[f"r{i} j{k}" for k in range(len(n["layers"]))] for i in range(len(n["ranks"]))],
+        ),
+        _figure(2, "Spectra of coloured and of whitened weights", (7.5, 4), _grid(("coloured", "white"), "layers")),
+        _figure(3, "Accuracy of rainbow networks", (4.6, 3.4), [["accuracy"]]),
+        _figure(4, "Spectra of activations", (7.5, 3.4), [["widths", "layers"]]),
+        _figure(5, "Activations converge with width", (7.5, 3.2), [["scattering", "resnet"]]),
+        _figure(
+            6,
+            "Covariances converge with networks and with width",
+            (7.5, 5.8),
+            [["networks", "widths"], ["clipped", "errors"]],
+        ),
+        _figure(
+            7,
+            "Spectra of large networks",
+            (7.5, 6),
+            [["scattering activations", "scattering weights"], ["resnet activations", "resnet weights"]],
+        ),
+        _figure(8, "Clipped networks", (7.5, 4.4), _grid(("variance", "accuracy"), "layers")),
+        _figure(
+            9,
+            "Training amplifies the weights",
+            (7.5, 5.6),
+            [["amplification"] * 3 + ["cosine"] * 3, ["plane 0"] * 2 + ["plane 1"] * 2 + ["plane 2"] * 2],
+        ),
+    )
+}
 
 
 def compute(figure: Figure, source: Source, command: str, root: Path = ROOT) -> FigureData:
@@ -130,8 +164,10 @@ def save(canvas: Canvas, folder: Path, name: str) -> list[Path]:
 def claims_table(claims: list[Claim]) -> str:
     """Markdown: all claims, published and of this run, and whether they hold."""
     words = {True: "yes", False: "**no**", None: "cannot be told"}
-    rows = [(str(c.figure), c.text, c.published, c.measured, words[c.holds] + (f": {c.note}" if c.note else ""))
-            for c in claims]
+    rows = [
+        (str(c.figure), c.text, c.published, c.measured, words[c.holds] + (f": {c.note}" if c.note else ""))
+        for c in claims
+    ]
     return _markdown(("figure", "claim", "published", "this run", "holds?"), rows)
 
 
@@ -147,9 +183,19 @@ class Gallery:
     of `Source`. command: what is noted as having made new numbers. Raises UserError for a scale or device that is not.
     """
 
-    def __init__(self, scale: str, recompute: bool = False, device: str = "auto", *, checkpoints: str = "checkpoints",
-                 places: dict | None = None, batch: int = 128, out: str | Path = "figures", root: str | Path = ROOT,
-                 command: str = "paper_figs.ipynb with RECOMPUTE = True"):
+    def __init__(
+        self,
+        scale: str,
+        recompute: bool = False,
+        device: str = "auto",
+        *,
+        checkpoints: str = "checkpoints",
+        places: dict | None = None,
+        batch: int = 128,
+        out: str | Path = "figures",
+        root: str | Path = ROOT,
+        command: str = "paper_figs.ipynb with RECOMPUTE = True",
+    ):
         if scale not in SCALES:
             raise UserError(f"no scale {scale!r}: choose {' or '.join(SCALES)}")
         self.scale, self.recompute, self.command = scale, recompute, command
@@ -173,8 +219,9 @@ class Gallery:
     def claims(self) -> list[Claim]:
         """The claims of all figures whose numbers are kept."""
         kept = [(figure, data_path(self.scale, figure.name, self.root)) for figure in FIGURES.values()]
-        return [claim for figure, path in kept if path.exists()
-                for claim in claims_of(figure.number, load_numbers(path))]
+        return [
+            claim for figure, path in kept if path.exists() for claim in claims_of(figure.number, load_numbers(path))
+        ]
 
     def show(self, number: int) -> None:
         """In a notebook: a figure, how its numbers were made, and the published ones if they are of another scale."""
@@ -189,8 +236,10 @@ class Gallery:
         canvas.savefig(picture, format="png", dpi=100)
         display(Image(picture.getvalue()))
         made = numbers.provenance
-        text = (f"Numbers of {len(made['experiments'])} experiments, made {made['date']} at commit "
-                f"`{made['commit']}` by `{made['command']}`; saved as `{paths[0]}` and `.png`.")
+        text = (
+            f"Numbers of {len(made['experiments'])} experiments, made {made['date']} at commit "
+            f"`{made['commit']}` by `{made['command']}`; saved as `{paths[0]}` and `.png`."
+        )
         rows = [] if self.scale == "paper" else comparison(number, numbers, self._published(FIGURES[number]) or {})
         table = _markdown(("", "published", "this run"), rows) if rows else ""
         display(Markdown(f"{text}\n\n{table}"))
@@ -209,10 +258,20 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m utils.figures", description="The paper's figures and its claims.")
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="default: laptop")
-    parser.add_argument("--figure", nargs="+", type=int, metavar="N", choices=FIGURES, default=list(FIGURES),
-                        help="only these (default: all nine)")
-    parser.add_argument("--recompute", action="store_true",
-                        help="make the numbers anew, unless they were made from the checkpoints that are there")
+    parser.add_argument(
+        "--figure",
+        nargs="+",
+        type=int,
+        metavar="N",
+        choices=FIGURES,
+        default=list(FIGURES),
+        help="only these (default: all nine)",
+    )
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        help="make the numbers anew, unless they were made from the checkpoints that are there",
+    )
     parser.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where the runs are")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default)")
     parser.add_argument("--data", metavar="DIR", help="ImageNet's folder, where it is not where training found it")
@@ -229,10 +288,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: at least 1")
     gallery = Gallery(
-        args.scale, args.recompute, args.device, checkpoints=args.checkpoints, batch=args.batch_size, out=args.out,
-        places={"data": args.data, "data_dir": args.data_dir}, root=args.numbers,
+        args.scale,
+        args.recompute,
+        args.device,
+        checkpoints=args.checkpoints,
+        batch=args.batch_size,
+        out=args.out,
+        places={"data": args.data, "data_dir": args.data_dir},
+        root=args.numbers,
         command="python -m utils.figures " + " ".join(sys.argv[1:] if argv is None else argv),
-    )  # fmt: skip
+    )
     problems = 0
     for number in args.figure:
         print(f"figure {number}: {FIGURES[number].title}", flush=True)

@@ -93,6 +93,7 @@ def checkpoints_key(files: list[Path], version: str) -> str:
 
 def _commit() -> str:
     """The commit of this source tree, with a + where files differ from it; "unknown" outside a repository."""
+
     def git(*arguments):
         folder = Path(__file__).parent
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)

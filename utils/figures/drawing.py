@@ -15,8 +15,11 @@ from scipy import stats
 from rainbow.random_matrix import Decay, bulk_edges, marchenko_pastur_density
 from utils.figures.command.data import FigureData
 
-BASES = {"weight": ("weight PCA", "tab:blue", "-"), "kernel": ("kernel PCA", "tab:green", "--"),
-         "random": ("random basis", "tab:red", "-.")}
+BASES = {
+    "weight": ("weight PCA", "tab:blue", "-"),
+    "kernel": ("kernel PCA", "tab:green", "--"),
+    "random": ("random basis", "tab:red", "-."),
+}
 OPEN = {"marker": "o", "linestyle": "none", "markerfacecolor": "none"}
 
 
@@ -93,18 +96,26 @@ def _spectrum_against_bulk(ax, eigenvalues, q, color):
 def resampling_width(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
     """Figure 3: accuracy against width of trained networks, rainbow networks, and (ours) white random features."""
     ax, widths = axes["accuracy"], numbers["widths"]
-    lines = (("trained", "trained", "tab:blue", "-", "o"),
-             ("retrained", "rainbow + trained classifier", "tab:red", "-", "s"),
-             ("rainbow", "rainbow", "tab:red", "--", "^"),
-             ("white", "white features + trained classifier (ours)", "0.5", ":", "v"))
+    lines = (
+        ("trained", "trained", "tab:blue", "-", "o"),
+        ("retrained", "rainbow + trained classifier", "tab:red", "-", "s"),
+        ("rainbow", "rainbow", "tab:red", "--", "^"),
+        ("white", "white features + trained classifier (ours)", "0.5", ":", "v"),
+    )
     for name, label, color, style, marker in lines:
         if name not in numbers:
             continue
         spread = numbers["rainbow_std"] if name == "rainbow" else None
         ax.errorbar(widths, numbers[name], spread, color=color, linestyle=style, marker=marker, label=label, capsize=2)
         if published is not None and name in published:
-            ax.plot(published["widths"], published[name], **OPEN, color=color, markersize=9,
-                    label="published" if name == "trained" else None)
+            ax.plot(
+                published["widths"],
+                published[name],
+                **OPEN,
+                color=color,
+                markersize=9,
+                label="published" if name == "trained" else None,
+            )
     ax.set_xscale("log", base=2)
     ax.set(xlabel="width scaling $s$", ylabel="test accuracy (top-1, %)", xticks=widths)
     ax.legend(loc="lower right")
@@ -181,15 +192,24 @@ def covariance_convergence(axes: dict[str, Axes], numbers: FigureData, published
     for width, color in zip(widths, shades("viridis", len(widths))):
         _eigenvalues(ax, numbers[f"eigenvalues_width_{width:g}"], color, f"$s = $ {width_label(width)}")
     _fitted(ax, numbers["fit_widths"], len(numbers[f"eigenvalues_width_{widths[-1]:g}"]))
-    ax.set(yscale="log", title=rf"$\hat{{C}}_{{{layer}}}$, all widths", xlabel="rank $r$",
-           ylabel=r"eigenvalue $D\,\lambda_r$")
+    ax.set(
+        yscale="log",
+        title=rf"$\hat{{C}}_{{{layer}}}$, all widths",
+        xlabel="rank $r$",
+        ylabel=r"eigenvalue $D\,\lambda_r$",
+    )
     ax.legend(ncols=2)
     ax, layers = axes["errors"], numbers["error_layers"]
     for row, (j, color) in enumerate(zip(layers, shades("plasma", len(layers), last=0.5))):
         ax.plot(widths[:-1], numbers["errors"][row], color=color, marker="o", label=f"$j = {j}$")
     ax.set_xscale("log", base=2)
-    ax.set(yscale="log", xlabel="width scaling $s$", xticks=widths[:-1], title="distance to the widest",
-           ylabel=r"$\|D\hat{C}_j - C_j\|_\infty\,/\,\|C_j\|_\infty$")
+    ax.set(
+        yscale="log",
+        xlabel="width scaling $s$",
+        xticks=widths[:-1],
+        title="distance to the widest",
+        ylabel=r"$\|D\hat{C}_j - C_j\|_\infty\,/\,\|C_j\|_\infty$",
+    )
     _plain_log_ticks(ax)
     ax.legend()
 
@@ -203,8 +223,12 @@ def _many_networks(spectra, clipped, numbers, published):
         _eigenvalues(spectra, numbers[f"initial_{count}"], color, None, linestyle=":")
     spectra.plot([], [], color="0.4", linestyle=":", label="at initialisation")
     _fitted(spectra, numbers["fit_networks"], int(numbers["fit_ranks"]))
-    spectra.set(yscale="log", title=rf"$\hat{{C}}_{{{layer}}}$ of several networks", xlabel="rank $r$",
-                ylabel=r"eigenvalue $D\,\lambda_r$")
+    spectra.set(
+        yscale="log",
+        title=rf"$\hat{{C}}_{{{layer}}}$ of several networks",
+        xlabel="rank $r$",
+        ylabel=r"eigenvalue $D\,\lambda_r$",
+    )
     spectra.legend(loc="upper right")
     offsets = np.linspace(-5, 5, len(counts)) if len(counts) > 1 else [0]
     for row, (count, color) in enumerate(zip(counts, shades("cool", len(counts), last=1.0))):
@@ -212,8 +236,13 @@ def _many_networks(spectra, clipped, numbers, published):
         clipped.plot(numbers["clip_ranks"], numbers["clip_accuracies"][row] + offsets[row], color=color, label=label)
     if published is not None:
         shift = offsets[-1]
-        clipped.plot(published["ranks"], np.array(published["accuracies"]) + shift, **OPEN, color="black",
-                     label=f"published, {published['count']}")
+        clipped.plot(
+            published["ranks"],
+            np.array(published["accuracies"]) + shift,
+            **OPEN,
+            color="black",
+            label=f"published, {published['count']}",
+        )
     clipped.set(xlabel="rank $d$", ylabel="test accuracy (top-1, %)", title=f"clipped layer $j = {layer}$")
     clipped.legend(title="networks (offset)", loc="lower right")
 
@@ -228,8 +257,14 @@ def _fitted(ax, fit, last):
     ranks = np.arange(1, last + 1)
     values = Decay("exponential", *fit, 1.0)(ranks)
     shown = values > 0.5 * min(line.get_ydata().min() for line in ax.lines if len(line.get_ydata()))
-    ax.plot(ranks[shown], values[shown], color="black", linestyle="--", linewidth=1,
-            label=rf"$\propto e^{{-r/{1 / fit[1]:.2g}}}$")
+    ax.plot(
+        ranks[shown],
+        values[shown],
+        color="black",
+        linestyle="--",
+        linewidth=1,
+        label=rf"$\propto e^{{-r/{1 / fit[1]:.2g}}}$",
+    )
 
 
 def imagenet_spectra(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:

@@ -70,8 +70,14 @@ def gaussian_histograms(source: Source, shown: Shown) -> Numbers:
         density.append([np.histogram(column, HISTOGRAM)[0] / (len(column) * np.diff(HISTOGRAM)) for column in whitened])
         p_values.append([normality_p_value(column) for column in whitened])
         samples.append(len(whitened[0]))
-    return {"edges": HISTOGRAM, "density": np.swapaxes(density, 0, 1), "p_values": np.transpose(p_values),
-            "ranks": np.array(shown.ranks), "layers": np.array(shown.layers), "samples": np.array(samples)}
+    return {
+        "edges": HISTOGRAM,
+        "density": np.swapaxes(density, 0, 1),
+        "p_values": np.transpose(p_values),
+        "ranks": np.array(shown.ranks),
+        "layers": np.array(shown.layers),
+        "samples": np.array(samples),
+    }
 
 
 def _whitened_directions(mean: MeanNetwork, k: int, ranks: Sequence[int]) -> list[np.ndarray]:
@@ -123,8 +129,9 @@ def activation_spectra(source: Source, shown: Shown) -> Numbers:
         layers = source.layers(member, network)
         last = member is members[-1]
         js = list(range(2, len(layers))) if last else [shown.layer]
-        found = moments([network], [layers[j - 1].name for j in js], source.train(member), means=False,
-                        device=source.device)
+        found = moments(
+            [network], [layers[j - 1].name for j in js], source.train(member), means=False, device=source.device
+        )
         spectra = {j: _eigenvalues(found.auto(0, k)) for k, j in enumerate(js)}
         numbers[f"width_{member.width:g}"] = spectra[shown.layer]
         if last:
@@ -147,8 +154,9 @@ def alignment_convergence(source: Source, shown: Shown) -> Numbers:
         others = [member for member in members if member is not reference]
         errors = _alignment_errors(source, reference, others, standardize=name == "resnet")
         widths = sorted({member.width for member in others})
-        means = [np.mean([errors[i] for i, member in enumerate(others) if member.width == width], axis=0)
-                 for width in widths]
+        means = [
+            np.mean([errors[i] for i, member in enumerate(others) if member.width == width], axis=0) for width in widths
+        ]
         numbers[f"{name}_widths"] = np.array(widths)
         numbers[f"{name}_layers"] = np.arange(2, 2 + len(means[0]))
         numbers[f"{name}_errors"] = np.transpose(means)
@@ -159,8 +167,10 @@ def _alignment_errors(source, reference, others, standardize):
     """For each network, errors on the test set at its layers 2 to J; the first layer's input is the same for all."""
     networks = source.networks([reference, *others])
     names = [layer.name for layer in source.layers(reference, networks[0])[1:-1]]
-    train, test = (moments(networks, names, images, auto=False, cross=0, device=source.device)
-                   for images in (source.train(reference), source.test(reference)))
+    train, test = (
+        moments(networks, names, images, auto=False, cross=0, device=source.device)
+        for images in (source.train(reference), source.test(reference))
+    )
     alignments = [Alignment(standardize).fit_moments(train, i, 0) for i in range(1, len(networks))]
     return [alignment.score_moments(test, i, 0) for i, alignment in enumerate(alignments, 1)]
 
@@ -174,9 +184,12 @@ def covariance_convergence(source: Source, shown: Shown) -> Numbers:
     largest), ‖Ĉ − C‖ / ‖C‖ in the spectral norm, C that of the largest width."""
     sets = source.sets(6)
     layer = shown.errors[0]
-    return {"layer": np.array(layer), "fit_ranks": np.array(shown.fit_ranks),
-            **_many_networks(source, sets["many"], layer, shown),
-            **_many_widths(source, sets["widths"], layer, shown)}
+    return {
+        "layer": np.array(layer),
+        "fit_ranks": np.array(shown.fit_ranks),
+        **_many_networks(source, sets["many"], layer, shown),
+        **_many_widths(source, sets["widths"], layer, shown),
+    }
 
 
 def _many_networks(source, members, layer, shown):
@@ -201,8 +214,12 @@ def _many_networks(source, members, layer, shown):
     clipped = mean.layers[0][0]
     ranks = sorted({*even_ranks(clipped.dimension), *[d for d in (1, 2, 3, 4, 5, 7, 10) if d < clipped.dimension]})
     accuracies = clipped_accuracies(mean.networks[0], clipped, bases, ranks, source.test(members[0]))
-    return {**numbers, "fit_networks": np.array([fit.amplitude, fit.rate]), "clip_ranks": np.array(ranks),
-            "clip_accuracies": np.array(list(accuracies.values()))}
+    return {
+        **numbers,
+        "fit_networks": np.array([fit.amplitude, fit.rate]),
+        "clip_ranks": np.array(ranks),
+        "clip_accuracies": np.array(list(accuracies.values())),
+    }
 
 
 def _own_basis(covariance: WeightCovariance, A: Tensor) -> Tensor:
@@ -226,13 +243,20 @@ def _many_widths(source, members, layer, shown):
             weights.append([math.sqrt(layer.dimension) * layer.get().double() for layer in own])
         covariances[width] = [WeightCovariance.fit(rows) for rows in zip(*weights)]
     widest = covariances[widths[-1]]
-    numbers = {f"eigenvalues_width_{width:g}": found[0].eigenvalues.cpu().numpy()
-               for width, found in covariances.items()}
+    numbers = {
+        f"eigenvalues_width_{width:g}": found[0].eigenvalues.cpu().numpy() for width, found in covariances.items()
+    }
     fit = fit_decay(numbers[f"eigenvalues_width_{widths[-1]:g}"], "exponential", shown.fit_ranks)
-    errors = [[covariances[width][k].relative_error(widest[k]) for width in widths[:-1]]
-              for k in range(len(shown.errors))]
-    return {**numbers, "widths": np.array(widths), "error_layers": np.array(shown.errors), "errors": np.array(errors),
-            "fit_widths": np.array([fit.amplitude, fit.rate])}
+    errors = [
+        [covariances[width][k].relative_error(widest[k]) for width in widths[:-1]] for k in range(len(shown.errors))
+    ]
+    return {
+        **numbers,
+        "widths": np.array(widths),
+        "error_layers": np.array(shown.errors),
+        "errors": np.array(errors),
+        "fit_widths": np.array([fit.amplitude, fit.rate]),
+    }
 
 
 def _weights_aligned_to(source: Source, target: nn.Module, group: list[Experiment], names: list[str]):
@@ -256,8 +280,14 @@ def imagenet_spectra(source: Source, shown: Shown) -> Numbers:
     for name, (member,) in source.sets(7).items():
         network = source.network(member)
         layers = source.layers(member, network)[:-1]
-        found = moments([network], [layer.name for layer in layers], source.train(member, shown.images), patches=True,
-                        means=False, device=source.device)
+        found = moments(
+            [network],
+            [layer.name for layer in layers],
+            source.train(member, shown.images),
+            patches=True,
+            means=False,
+            device=source.device,
+        )
         numbers[f"{name}_layers"] = np.arange(1, len(layers) + 1)
         numbers[f"{name}_acc5"] = np.array(source.accuracy(member, top=5))
         for k, layer in enumerate(layers):
@@ -300,16 +330,22 @@ def training_dynamics(source: Source, shown: Shown) -> Numbers:
     (member,) = source.sets(9)["network"]
     epochs = [epoch for epoch in source.epochs(member) if epoch <= shown.last_epoch]
     name = source.layers(member, source.network(member))[shown.layer - 1].name
-    weights = [dict(source.network(member, epoch).named_modules())[name].weight.detach().flatten(1)
-               for epoch in [*epochs, None]]
+    weights = [
+        dict(source.network(member, epoch).named_modules())[name].weight.detach().flatten(1)
+        for epoch in [*epochs, None]
+    ]
     covariance = WeightCovariance.fit(weights[-1])
     far = max(min(shown.far, len(covariance.eigenvalues) - 1), 2)
     planes = np.array([(1, 2), (1, far), (far, far + 1)])
     coordinates = torch.stack([covariance.coordinates(w) for w in weights[: len(epochs)]]).real.cpu().numpy()
-    return {"layer": np.array(shown.layer), "epochs": np.array(epochs), "planes": planes,
-            "amplification": _per_epoch(amplification, weights, epochs, covariance),
-            "cosine": _per_epoch(cosine_similarity, weights, epochs, covariance),
-            "trajectories": np.array([coordinates[:, :, plane - 1].swapaxes(0, 1) for plane in planes])}
+    return {
+        "layer": np.array(shown.layer),
+        "epochs": np.array(epochs),
+        "planes": planes,
+        "amplification": _per_epoch(amplification, weights, epochs, covariance),
+        "cosine": _per_epoch(cosine_similarity, weights, epochs, covariance),
+        "trajectories": np.array([coordinates[:, :, plane - 1].swapaxes(0, 1) for plane in planes]),
+    }
 
 
 def _per_epoch(measure, weights, epochs, covariance):

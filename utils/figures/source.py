@@ -20,8 +20,16 @@ from utils.experiments.registry import Experiment, figure_sets
 from utils.experiments.status import read_state
 from utils.runs.checkpoints import RunFolder, load_network
 
-DATA_ARGUMENTS = ("dataset", "data", "data_dir", "grayscale", "data_subset", "classes_subset", "resize_images",
-                  "randomize_labels")  # fmt: skip
+DATA_ARGUMENTS = (
+    "dataset",
+    "data",
+    "data_dir",
+    "grayscale",
+    "data_subset",
+    "classes_subset",
+    "resize_images",
+    "randomize_labels",
+)
 
 
 class Batches:
@@ -35,8 +43,9 @@ class Batches:
 
     def __iter__(self):
         batches = itertools.islice(self._make(), self._count)
-        return iter(tqdm(batches, desc=f"  {self._text}", total=self._count, leave=False,
-                         disable=True if self._quiet else None))
+        return iter(
+            tqdm(batches, desc=f"  {self._text}", total=self._count, leave=False, disable=True if self._quiet else None)
+        )
 
 
 class Source:
@@ -46,8 +55,15 @@ class Source:
     them. batch: images at a time. Methods raise UserError where a run is not there or its files are damaged.
     """
 
-    def __init__(self, scale: str, checkpoints: str | Path, device: torch.device, places: dict | None = None,
-                 batch: int = 128, quiet: bool = False):
+    def __init__(
+        self,
+        scale: str,
+        checkpoints: str | Path,
+        device: torch.device,
+        places: dict | None = None,
+        batch: int = 128,
+        quiet: bool = False,
+    ):
         self.scale, self.root, self.device = scale, Path(checkpoints), device
         self.places, self.batch, self.quiet = places or {}, batch, quiet
         self._data: dict[tuple, Datasets] = {}
@@ -69,8 +85,10 @@ class Source:
             command = f"python run_exps.py --scale {self.scale} --figure {figure}"
             command += "" if self.root == Path("checkpoints") else f" --checkpoints {self.root}"
             names = "".join(f"\n  {name}" for name in missing[:5]) + ("\n  ..." if len(missing) > 5 else "")
-            raise UserError(f"figure {figure}: {len(missing)} of its {len(wanted)} experiments are not finished in "
-                            f"{self.root}; make them with: {command}{names}")
+            raise UserError(
+                f"figure {figure}: {len(missing)} of its {len(wanted)} experiments are not finished in "
+                f"{self.root}; make them with: {command}{names}"
+            )
 
     def files(self, figure: int) -> list[Path]:
         """The checkpoint files that the numbers of a figure depend on."""
@@ -93,14 +111,22 @@ class Source:
         images, workers = self._datasets(experiment).train, self._args(experiment).workers
         few = limit is not None and limit < len(images)
         count = -(-(limit if few else len(images)) // self.batch)
-        return Batches(lambda: images.loader(self.batch, shuffle=few, workers=workers, device=self.device), count,
-                       "training images", self.quiet)
+        return Batches(
+            lambda: images.loader(self.batch, shuffle=few, workers=workers, device=self.device),
+            count,
+            "training images",
+            self.quiet,
+        )
 
     def test(self, experiment: Experiment) -> Batches:
         """The test images."""
         images, workers = self._datasets(experiment).val, self._args(experiment).workers
-        return Batches(lambda: images.loader(self.batch, workers=workers, device=self.device),
-                       -(-len(images) // self.batch), "test images", self.quiet)
+        return Batches(
+            lambda: images.loader(self.batch, workers=workers, device=self.device),
+            -(-len(images) // self.batch),
+            "test images",
+            self.quiet,
+        )
 
     def layers(self, experiment: Experiment, network: nn.Module) -> list[Layer]:
         """The weight layers W_1, ..., W_{J+1} of a network, without the projections of shortcuts."""
@@ -114,8 +140,9 @@ class Source:
         if key not in self._means:
             networks = self.networks(members)
             names = [layer.name for layer in self.layers(members[0], networks[0])]
-            self._means[key] = MeanNetwork.fit(networks, self.train(members[0]), device=self.device,
-                                               layers=[names[j - 1] for j in layers])
+            self._means[key] = MeanNetwork.fit(
+                networks, self.train(members[0]), device=self.device, layers=[names[j - 1] for j in layers]
+            )
         return self._means[key]
 
     def accuracy(self, experiment: Experiment, top: int = 1) -> float:

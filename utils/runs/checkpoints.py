@@ -4,6 +4,7 @@ A run's folder ROOT/NAME holds args.json, metrics.csv, log.txt, status.json, las
 states), previous.pt (the one before), best.pt and epoch_{0,1,2,5,10,20,50,…}.pt. Every file is written beside its
 place and renamed into it, so that a reader finds the old content or the new, never a part.
 """
+
 import argparse
 import dataclasses
 import io
@@ -74,7 +75,10 @@ def is_saved_epoch(epoch):
 def checkpoint_of(network, args, epoch, best_acc1):
     """The dict that `load` reads: weights, epochs done, architecture, best top-1 accuracy (%), resolved arguments."""
     return {
-        "state_dict": network.state_dict(), "epoch": epoch, "arch": options.arch_name(args), "best_acc1": best_acc1,
+        "state_dict": network.state_dict(),
+        "epoch": epoch,
+        "arch": options.arch_name(args),
+        "best_acc1": best_acc1,
         "args": dict(vars(args)),
     }
 
@@ -248,8 +252,10 @@ def load_weights(network, state_dict, source):
         raise UserError(f"{source}: weights of another network ({what})")
     for name, tensor in state_dict.items():
         if not torch.is_tensor(tensor) or tensor.shape != own[name].shape:
-            raise UserError(f"{source}: weights of another network ({name} is {_shape(tensor)}, "
-                            f"the network needs {_shape(own[name])})")
+            raise UserError(
+                f"{source}: weights of another network ({name} is {_shape(tensor)}, "
+                f"the network needs {_shape(own[name])})"
+            )
         if tensor.is_complex() != own[name].is_complex():
             raise UserError(f"{source}: weights of another network ({name} is real in one and complex in the other)")
     network.load_state_dict(state_dict)
@@ -292,8 +298,10 @@ def convert_original(state_dict, network, source="the checkpoint"):
 def _identities(network):
     """Names of the weights of projections that are fixed to the identity, which the original does not store."""
     return [
-        f"{name}.weight" for name, module in network.named_modules()
-        if isinstance(module, Projection) and not module.weight.requires_grad
+        f"{name}.weight"
+        for name, module in network.named_modules()
+        if isinstance(module, Projection)
+        and not module.weight.requires_grad
         and module.weight.shape[0] == module.weight.shape[1]
         and torch.equal(module.weight, torch.eye(len(module.weight), dtype=module.weight.dtype))
     ]

@@ -1,4 +1,5 @@
 """What a run says while it goes on: lines, a progress bar on a terminal, metrics.csv, status.json, TensorBoard."""
+
 import contextlib
 import csv
 import io
@@ -12,8 +13,17 @@ from tqdm import tqdm
 from utils.errors import UserError, WriteError
 from utils.files import atomic_write, write_json
 
-COLUMNS = ("epoch", "train_loss", "train_acc1", "train_acc5", "val_loss", "val_acc1", "val_acc5", "lr",
-           "images_per_second")
+COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_acc1",
+    "train_acc5",
+    "val_loss",
+    "val_acc1",
+    "val_acc5",
+    "lr",
+    "images_per_second",
+)
 
 
 class RunLog:
@@ -49,8 +59,14 @@ class RunLog:
 
     def bar(self, steps, done, title):
         """A progress bar on a terminal, an empty one elsewhere."""
-        return tqdm(total=steps, initial=done, desc=title, leave=False, dynamic_ncols=True,
-                    disable=self.silent or not sys.stderr.isatty())
+        return tqdm(
+            total=steps,
+            initial=done,
+            desc=title,
+            leave=False,
+            dynamic_ncols=True,
+            disable=self.silent or not sys.stderr.isatty(),
+        )
 
     def metrics(self, rows):
         """Writes metrics.csv from dicts with COLUMNS as keys, and the last one's curves."""
@@ -71,10 +87,20 @@ class RunLog:
         """Writes status.json. `state`: "running", "finished", "stopped" or "failed"."""
         if self.folder is None:
             return
-        write_json(self.folder.path / "status.json", {
-            "state": state, "epoch": epoch, "epochs": epochs, "acc1": acc1, "best_acc1": best_acc1,
-            "pid": os.getpid(), "host": socket.gethostname(), "updated": time.time(), "message": message,
-        })
+        write_json(
+            self.folder.path / "status.json",
+            {
+                "state": state,
+                "epoch": epoch,
+                "epochs": epochs,
+                "acc1": acc1,
+                "best_acc1": best_acc1,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "updated": time.time(),
+                "message": message,
+            },
+        )
 
     def failed(self, message):
         """Writes into status.json that the run has failed, and why, where the disk still allows it."""
@@ -82,8 +108,9 @@ class RunLog:
             return
         with contextlib.suppress(UserError, WriteError):
             known = self.folder.status()
-            self.status("failed", known.get("epoch"), known.get("epochs"), known.get("acc1"), known.get("best_acc1"),
-                        message)
+            self.status(
+                "failed", known.get("epoch"), known.get("epochs"), known.get("acc1"), known.get("best_acc1"), message
+            )
 
 
 def _summary_writer(folder):

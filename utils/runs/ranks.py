@@ -1,4 +1,5 @@
 """Training with several processes, started by torchrun; one process alone is the case of one rank."""
+
 import os
 import time
 

@@ -4,6 +4,7 @@ A training is a function of its arguments: batches and augmentation depend on (s
 last checkpoint. So a run that was interrupted, killed or moved ends in the same weights, bit for bit, on the same
 machine with the same number of threads.
 """
+
 import contextlib
 import itertools
 import math
@@ -200,8 +201,16 @@ class Training:
 
     def _batches(self, dataset, train, start=0):
         return dataset.loader(
-            self.args.batch_size, shuffle=train, seed=self.args.seed, epoch=self.epoch, augment=train, start_step=start,
-            rank=self.world.rank, world_size=self.world.size, workers=self.args.workers, device=self.world.device,
+            self.args.batch_size,
+            shuffle=train,
+            seed=self.args.seed,
+            epoch=self.epoch,
+            augment=train,
+            start_step=start,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            workers=self.args.workers,
+            device=self.world.device,
             bad_images=self.args.bad_images,
         )
 
@@ -223,8 +232,9 @@ class Training:
             self.log.folder.save_last(checkpoint)
         where = f"epoch {self.epoch + 1}, step {self.step} of {self.steps}"
         self._status("stopped", f"stopped in {where}")
-        raise StoppedError(f"stopped in {where}; saved, the same command goes on from there",
-                           self.stop.signum or signal.SIGTERM)
+        raise StoppedError(
+            f"stopped in {where}; saved, the same command goes on from there", self.stop.signum or signal.SIGTERM
+        )
 
     def _score(self):
         """The Score of the epoch so far. Raises DivergedError."""
@@ -241,17 +251,23 @@ class Training:
         score = self._score()
         bar.set_postfix_str(f"loss {score.loss:.3f} acc1 {score.acc1:.1f}", refresh=False)
         if bar.disable:
-            self.log.say(f"epoch {self.epoch + 1}/{self.args.epochs}  step {self.step}/{self.steps}  "
-                         f"loss {score.loss:.4f}  acc1 {score.acc1:.2f}")
+            self.log.say(
+                f"epoch {self.epoch + 1}/{self.args.epochs}  step {self.step}/{self.steps}  "
+                f"loss {score.loss:.4f}  acc1 {score.acc1:.2f}"
+            )
 
     def _record(self, train, val, speed):
         """Writes what an epoch has given; last.pt comes last, so that a kill before it repeats the epoch."""
         rate = self.learning_rate(max(self.epoch - 1, 0))
-        self.history.append({
-            "epoch": self.epoch, "lr": rate, "images_per_second": speed if train else None,
-            **{f"train_{key}": getattr(train, key) if train else None for key in ("loss", "acc1", "acc5")},
-            **{f"val_{key}": getattr(val, key) for key in ("loss", "acc1", "acc5")},
-        })
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "lr": rate,
+                "images_per_second": speed if train else None,
+                **{f"train_{key}": getattr(train, key) if train else None for key in ("loss", "acc1", "acc5")},
+                **{f"val_{key}": getattr(val, key) for key in ("loss", "acc1", "acc5")},
+            }
+        )
         is_best = self.best_acc1 is None or val.acc1 > self.best_acc1
         self.best_acc1 = max(val.acc1, self.best_acc1 or 0.0)
         self.log.say(self._line(train, val, rate, speed))
@@ -283,8 +299,11 @@ class Training:
             self.world.sum(rows)
         return {
             **checkpoint_of(self.network, self.args, self.epoch, self.best_acc1),
-            "optimizer": self.optimizer.state_dict(), "random": _random_state(self.world.device),
-            "step": self.step, "tally": rows.cpu(), "history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "random": _random_state(self.world.device),
+            "step": self.step,
+            "tally": rows.cpu(),
+            "history": self.history,
         }
 
     def _status(self, state, message=""):

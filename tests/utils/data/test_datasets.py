@@ -1,4 +1,5 @@
 """Data: the published formats are read, and batches are what torchvision's transforms would make of the same draws."""
+
 import multiprocessing
 import os
 import pickle

@@ -1,4 +1,5 @@
 """The registry: the authors' experiments, corrections apart, each serving a figure; costs from the networks."""
+
 import ast
 import shlex
 import subprocess
@@ -63,10 +64,16 @@ def test_group_sizes_of_the_paper():
         key = experiment.group, experiment.kind
         sizes[key] = sizes.get(key, 0) + 1
     assert sizes == {
-        ("gaussianity", "trained"): 50, ("resampling", "trained"): 7, ("resampling", "resampled"): 7,
-        ("resampling", "retrained"): 7, ("resampling_baseline", "white"): 7, ("activation_convergence", "trained"): 14,
-        ("weight_convergence", "trained"): 140, ("imagenet_spectra", "trained"): 1, ("dynamics", "trained"): 1,
-    }  # fmt: skip
+        ("gaussianity", "trained"): 50,
+        ("resampling", "trained"): 7,
+        ("resampling", "resampled"): 7,
+        ("resampling", "retrained"): 7,
+        ("resampling_baseline", "white"): 7,
+        ("activation_convergence", "trained"): 14,
+        ("weight_convergence", "trained"): 140,
+        ("imagenet_spectra", "trained"): 1,
+        ("dynamics", "trained"): 1,
+    }
 
 
 @pytest.mark.parametrize("scale", registry.SCALES)
@@ -87,9 +94,17 @@ def test_registry_is_consistent(scale):
 
 @pytest.mark.parametrize("scale", registry.SCALES)
 def test_figures_find_their_sets(scale):
-    expected = {1: ["networks"], 2: ["networks"], 3: ["rainbow", "retrained", "trained", "white"], 4: ["widths"],
-                5: ["resnet", "scattering"], 6: ["many", "widths"], 7: ["resnet", "scattering"], 8: ["networks"],
-                9: ["network"]}  # fmt: skip
+    expected = {
+        1: ["networks"],
+        2: ["networks"],
+        3: ["rainbow", "retrained", "trained", "white"],
+        4: ["widths"],
+        5: ["resnet", "scattering"],
+        6: ["many", "widths"],
+        7: ["resnet", "scattering"],
+        8: ["networks"],
+        9: ["network"],
+    }
     for figure, names in expected.items():
         sets = registry.figure_sets(scale, figure)
         assert sorted(sets) == names
@@ -133,8 +148,11 @@ def counted_multiply_adds(experiment, shape):
         count, handles = [], []
         for module in network.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                handles.append(module.register_forward_hook(
-                    lambda m, _, y: count.append(m.weight.numel() * y[0].numel() // y.shape[1])))
+                handles.append(
+                    module.register_forward_hook(
+                        lambda m, _, y: count.append(m.weight.numel() * y[0].numel() // y.shape[1])
+                    )
+                )
         with torch.no_grad():
             network(torch.zeros(1, *shape))
         return sum(count)
@@ -144,11 +162,19 @@ def counted_multiply_adds(experiment, shape):
     return int(total) + network.classifier.linear.weight.numel()
 
 
-@pytest.mark.parametrize(("scale", "figure", "name", "shape"), [
-    ("laptop", 1, "networks", (1, 8, 8)), ("laptop", 3, "trained", (1, 8, 8)), ("laptop", 7, "scattering", (1, 32, 32)),
-    ("laptop", 7, "resnet", (1, 32, 32)), ("laptop", 6, "many", (1, 8, 8)), ("paper", 1, "networks", (3, 32, 32)),
-    ("paper", 6, "many", (3, 32, 32)), ("paper", 5, "resnet", (3, 224, 224)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scale", "figure", "name", "shape"),
+    [
+        ("laptop", 1, "networks", (1, 8, 8)),
+        ("laptop", 3, "trained", (1, 8, 8)),
+        ("laptop", 7, "scattering", (1, 32, 32)),
+        ("laptop", 7, "resnet", (1, 32, 32)),
+        ("laptop", 6, "many", (1, 8, 8)),
+        ("paper", 1, "networks", (3, 32, 32)),
+        ("paper", 6, "many", (3, 32, 32)),
+        ("paper", 5, "resnet", (3, 224, 224)),
+    ],
+)
 def test_costs_are_those_of_the_built_networks(scale, figure, name, shape):
     experiment = registry.figure_sets(scale, figure)[name][0]
     validation = {"laptop": 500, "paper": 50_000 if shape[-1] == 224 else 10_000}[scale]
@@ -194,7 +220,9 @@ def test_imagenet_has_a_placeholder_until_its_folder_is_known():
 
 
 def test_listing_imports_no_torch():
-    code = ("import sys; from utils.experiments import cluster, processes, registry, runner, status; "
-            "registry.experiments('paper'); print([m for m in ('torch', 'numpy', 'submitit') if m in sys.modules])")
+    code = (
+        "import sys; from utils.experiments import cluster, processes, registry, runner, status; "
+        "registry.experiments('paper'); print([m for m in ('torch', 'numpy', 'submitit') if m in sys.modules])"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ast.literal_eval(run.stdout) == []

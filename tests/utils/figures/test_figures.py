@@ -43,8 +43,14 @@ def synthetic(number):
     if number == 1:
         edges = np.linspace(-4, 4, 33)
         density = np.stack([[np.histogram(rng.standard_normal(600), edges, density=True)[0] for _ in range(3)]] * 3)
-        return {"edges": edges, "density": density, "p_values": rng.random((3, 3)), "ranks": np.array([1, 10, 50]),
-                "layers": layers, "samples": np.array([600] * 3)}
+        return {
+            "edges": edges,
+            "density": density,
+            "p_values": rng.random((3, 3)),
+            "ranks": np.array([1, 10, 50]),
+            "layers": layers,
+            "samples": np.array([600] * 3),
+        }
     if number == 2:
         white = np.linalg.svd(rng.standard_normal((60, 150)), compute_uv=False) ** 2 / 60
         spiked = np.concatenate([[40, 25, 12.0], white[3:] * 0.5])
@@ -52,43 +58,88 @@ def synthetic(number):
         shares = {"outside_coloured": [0.3] * 3, "outside_white": [0.02] * 3, "above_coloured": [0.1] * 3}
         return {**numbers, **{k: np.array(v) for k, v in shares.items()}, "layers": layers, "q": np.array([2.5] * 3)}
     if number == 3:
-        return {"widths": widths, "trained": np.array([95, 97, 98, 98.5]), "retrained": np.array([80, 90, 95, 97.0]),
-                "white": np.array([50, 60, 75, 85.0]), "rainbow": np.array([70, 80, 91, 95.0]),
-                "rainbow_std": np.array([3, 2, 1, 0.5])}
+        return {
+            "widths": widths,
+            "trained": np.array([95, 97, 98, 98.5]),
+            "retrained": np.array([80, 90, 95, 97.0]),
+            "white": np.array([50, 60, 75, 85.0]),
+            "rainbow": np.array([70, 80, 91, 95.0]),
+            "rainbow_std": np.array([3, 2, 1, 0.5]),
+        }
     if number == 4:
-        return {"layer": np.array(4), "widths": widths, "layers": layers,
-                **{f"width_{w:g}": decay(int(40 * w)) for w in widths},
-                **{f"layer_{j}": decay(20 * j, j) for j in layers}}
+        return {
+            "layer": np.array(4),
+            "widths": widths,
+            "layers": layers,
+            **{f"width_{w:g}": decay(int(40 * w)) for w in widths},
+            **{f"layer_{j}": decay(20 * j, j) for j in layers},
+        }
     if number == 5:
         errors = np.outer([1, 2, 3], 0.2 * widths[:3] ** -0.5)
-        return {f"{n}_{k}": v for n in ("scattering", "resnet")
-                for k, v in (("widths", widths[:3]), ("layers", layers), ("errors", errors))}
+        return {
+            f"{n}_{k}": v
+            for n in ("scattering", "resnet")
+            for k, v in (("widths", widths[:3]), ("layers", layers), ("errors", errors))
+        }
     if number == 6:
         spectrum = 5 * np.exp(-np.arange(1, 81) / 7) + 0.01
-        spectra = {f"{kind}_{n}": spectrum[: 30 * n] * scale for n in (1, 5, 20)
-                   for kind, scale in (("eigenvalues", 1.0), ("initial", 0.2))}
+        spectra = {
+            f"{kind}_{n}": spectrum[: 30 * n] * scale
+            for n in (1, 5, 20)
+            for kind, scale in (("eigenvalues", 1.0), ("initial", 0.2))
+        }
         clipped = 98 - 88 * np.exp(-np.arange(0, 81, 8) / 5)
-        return {"layer": np.array(2), "fit_ranks": np.array(20), "counts": np.array([1, 5, 20]), **spectra,
-                "fit_networks": np.array([5, 1 / 7]), "fit_widths": np.array([5, 1 / 7]), "widths": widths,
-                **{f"eigenvalues_width_{w:g}": spectrum[: int(40 * w)] for w in widths},
-                "clip_ranks": np.arange(0, 81, 8), "clip_accuracies": np.stack([clipped] * 3),
-                "error_layers": np.array([2, 3]), "errors": np.array([[0.8, 0.5, 0.3], [0.9, 0.7, 0.5]])}
+        return {
+            "layer": np.array(2),
+            "fit_ranks": np.array(20),
+            "counts": np.array([1, 5, 20]),
+            **spectra,
+            "fit_networks": np.array([5, 1 / 7]),
+            "fit_widths": np.array([5, 1 / 7]),
+            "widths": widths,
+            **{f"eigenvalues_width_{w:g}": spectrum[: int(40 * w)] for w in widths},
+            "clip_ranks": np.arange(0, 81, 8),
+            "clip_accuracies": np.stack([clipped] * 3),
+            "error_layers": np.array([2, 3]),
+            "errors": np.array([[0.8, 0.5, 0.3], [0.9, 0.7, 0.5]]),
+        }
     if number == 7:
-        return {k: v for name, count in (("scattering", 6), ("resnet", 17)) for k, v in (
-            (f"{name}_layers", np.arange(1, count + 1)), (f"{name}_acc5", np.array(99.0)),
-            *((f"{name}_{kind}_{j}", decay(30 + 10 * j)) for j in range(1, count + 1)
-              for kind in ("activations", "weights")))}
+        return {
+            k: v
+            for name, count in (("scattering", 6), ("resnet", 17))
+            for k, v in (
+                (f"{name}_layers", np.arange(1, count + 1)),
+                (f"{name}_acc5", np.array(99.0)),
+                *(
+                    (f"{name}_{kind}_{j}", decay(30 + 10 * j))
+                    for j in range(1, count + 1)
+                    for kind in ("activations", "weights")
+                ),
+            )
+        }
     if number == 8:
         ranks = np.arange(0, 51)
         rises = {"weight": 2, "kernel": 3, "random": 20}
-        return {"layers": layers, **{f"ranks_{j}": ranks * j for j in layers},
-                **{f"{kind}_{b}_{j}": top * (1 - np.exp(-ranks / tau)) for j in layers for b, tau in rises.items()
-                   for kind, top in (("accuracy", 98), ("explained", 1))}}
+        return {
+            "layers": layers,
+            **{f"ranks_{j}": ranks * j for j in layers},
+            **{
+                f"{kind}_{b}_{j}": top * (1 - np.exp(-ranks / tau))
+                for j in layers
+                for b, tau in rises.items()
+                for kind, top in (("accuracy", 98), ("explained", 1))
+            },
+        }
     ranks = np.arange(1, 65)
     times = np.array([0, 1, 2, 5, 10])[:, None]
-    return {"layer": np.array(4), "epochs": times[:, 0], "amplification": 1 + times * ranks**-0.8,
-            "cosine": 1 - times / 20 * ranks**-0.1, "planes": np.array([(1, 2), (1, 12), (12, 13)]),
-            "trajectories": rng.standard_normal((3, 64, 1, 2)) * np.linspace(1, 3, 5)[:, None]}
+    return {
+        "layer": np.array(4),
+        "epochs": times[:, 0],
+        "amplification": 1 + times * ranks**-0.8,
+        "cosine": 1 - times / 20 * ranks**-0.1,
+        "planes": np.array([(1, 2), (1, 12), (12, 13)]),
+        "trajectories": rng.standard_normal((3, 64, 1, 2)) * np.linspace(1, 3, 5)[:, None],
+    }
 
 
 @pytest.mark.parametrize("number", FIGURES)
@@ -190,8 +241,18 @@ def tiny_arguments(experiment):
     data = ["--digits", "--data-subset", "0:1"]
     if "resnet18-custom" in experiment.arguments:
         width = {0.125: 1 / 64, 0.25: 1 / 32}.get(experiment.width, 1 / 16)
-        return [*data, "--resize-images", "32", "--arch", "resnet18-custom", "--standard-no-bias",
-                "--standard-batch-norm", "post", "--standard-width-scaling", str(width)]
+        return [
+            *data,
+            "--resize-images",
+            "32",
+            "--arch",
+            "resnet18-custom",
+            "--standard-no-bias",
+            "--standard-batch-norm",
+            "post",
+            "--standard-width-scaling",
+            str(width),
+        ]
     blocks = 6 if experiment.group in ("gaussianity", "activation_convergence") else 4
     sizes = [str(min(max(2, int(4 * experiment.width)), 16))] * blocks
     arch = ["-a", "Fw Std Pr N", "--psi-arch", "mod", "--Pr-size", *sizes]
@@ -247,8 +308,22 @@ def test_every_figure_computes_from_checkpoints_of_the_papers_names(number, pape
 
 
 def test_missing_experiments_are_named_with_the_command_that_makes_them(tmp_path, capsys):
-    status = figures.main(["--scale", "laptop", "--figure", "9", "--checkpoints", str(tmp_path), "--device", "cpu",
-                           "--numbers", str(tmp_path / "numbers"), "--out", str(tmp_path / "out")])
+    status = figures.main(
+        [
+            "--scale",
+            "laptop",
+            "--figure",
+            "9",
+            "--checkpoints",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--numbers",
+            str(tmp_path / "numbers"),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     error = capsys.readouterr().err
     assert status == 2 and not (tmp_path / "out").exists() and not (tmp_path / "numbers").exists()
     assert "1 of its 1 experiments are not finished" in error

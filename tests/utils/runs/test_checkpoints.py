@@ -1,4 +1,5 @@
 """Run folders: nothing damaged, foreign or hostile is taken for a checkpoint, and nothing is lost by a failed write."""
+
 import json
 import os
 import pickle
@@ -127,8 +128,9 @@ def test_a_full_disk_leaves_everything_as_it_was(folder):
     assert value_of(folder.checkpoint()) == 4 and value_of(folder.checkpoint("previous")) == 2
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK"),
-                                    lambda path: os.truncate(path, 700)])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK"), lambda path: os.truncate(path, 700)]
+)
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(folder, capsys, damage):
     folder.save_last(checkpoint(1))
     folder.save_last(checkpoint(2))
@@ -215,8 +217,9 @@ def test_arguments_that_describe_no_network_are_an_error(folder, args, network, 
 # The original's files
 
 
-@pytest.mark.parametrize("name", ["J4-norm-fact0-L4", "J4-complex-fact0-L4", "J4-norm-x-idproj",
-                                  "resnet18-w0.125-bnpost-nobias"])
+@pytest.mark.parametrize(
+    "name", ["J4-norm-fact0-L4", "J4-complex-fact0-L4", "J4-norm-x-idproj", "resnet18-w0.125-bnpost-nobias"]
+)
 def test_checkpoints_of_the_original_load_with_and_without_data_parallel(golden, tmp_path, name):
     data = golden(name)
     args = options.parse(data["argv"], {})
@@ -284,8 +287,10 @@ def test_locks_of_other_machines_hold_until_silent_or_restarted_here(tmp_path, m
 
 
 def test_what_was_killed_as_it_took_a_lock_is_cleaned_up(tmp_path, sleeper):
-    dead, alive, foreign = (tmp_path / f".lock.{host}.{pid}.tmp" for host, pid in (
-        (socket.gethostname(), 2**30), (socket.gethostname(), sleeper.pid), ("elsewhere", 2**30)))
+    dead, alive, foreign = (
+        tmp_path / f".lock.{host}.{pid}.tmp"
+        for host, pid in ((socket.gethostname(), 2**30), (socket.gethostname(), sleeper.pid), ("elsewhere", 2**30))
+    )
     for path in (dead, alive, foreign):
         path.touch()
     with Lock(tmp_path / "lock"):

@@ -1,4 +1,5 @@
 """The command line: every command of the original parses and builds, and every mistake is one clear line."""
+
 import shlex
 
 import numpy as np
@@ -46,13 +47,16 @@ def test_every_command_of_the_original_parses_and_builds(original_commands):
         built.add(defining)
 
 
-@pytest.mark.parametrize("name, count", [
-    ("cifar-WP64WP128WP256WP512WP512WP512WP512WP512-norm-L4-clbnstd-clnobias", 6_124_480),
-    ("cifar-WP64WP128WP256WP512WP512WP512WP512WP512-skip-norm-L4-clbnstd-clnobias", 12_248_960),
-    ("cifar-WP64WP128WP256WP512-L4-clbnstd-clnobias-nowd-paperexps-scalewidth-init1", 881_600),
-    ("imagenet-WPc32WPc64WPc64WPc128WPc256WPc512WPc512WPc512WPc512WPc512WPc256-skip-L4", 31_768_424),
-    ("standard-resnet18-nobias-clnobias-bnpost-widthX1-fix", 11_678_912),
-])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("cifar-WP64WP128WP256WP512WP512WP512WP512WP512-norm-L4-clbnstd-clnobias", 6_124_480),
+        ("cifar-WP64WP128WP256WP512WP512WP512WP512WP512-skip-norm-L4-clbnstd-clnobias", 12_248_960),
+        ("cifar-WP64WP128WP256WP512-L4-clbnstd-clnobias-nowd-paperexps-scalewidth-init1", 881_600),
+        ("imagenet-WPc32WPc64WPc64WPc128WPc256WPc512WPc512WPc512WPc512WPc512WPc256-skip-L4", 31_768_424),
+        ("standard-resnet18-nobias-clnobias-bnpost-widthX1-fix", 11_678_912),
+    ],
+)
 def test_parameter_counts_are_the_published_ones(original_commands, name, count):
     args = options.parse(original_commands[name], {})
     signal, classes = (Signal(3, 224, 224), 1000) if args.dataset == "imagenet" else (Signal(3, 32, 32), 10)
@@ -64,8 +68,11 @@ def test_parameter_counts_are_the_published_ones(original_commands, name, count)
 def test_golden_networks_are_built_from_their_own_command_lines(golden, golden_names):
     for name in golden_names or pytest.skip("no outputs of the original program"):
         data = golden(name)
-        network = models.build(options.network_config(
-            options.parse(data["argv"], {}), Signal(data["input"].shape[1], 32, 32), data["logits"].shape[1]))
+        network = models.build(
+            options.network_config(
+                options.parse(data["argv"], {}), Signal(data["input"].shape[1], 32, 32), data["logits"].shape[1]
+            )
+        )
         load_weights(network.eval(), data["state_dict"], name)
         with torch.no_grad():
             error = (network(data["input"]) - data["logits"]).abs().max()
@@ -89,55 +96,64 @@ def test_every_option_has_help_and_an_effect_on_the_arguments():
     assert {action.dest for action in actions} == set(vars(parse(NORM)))
 
 
-@pytest.mark.parametrize("change, says", [
-    ("-a 'Fw Std Prr N'", "'Prr'"),
-    ("-a 'Fw Std Prr N'", "did you mean 'Pr'"),
-    ("-a ''", "empty"),
-    ("--psi-arch modd", "did you mean 'mod'"),
-    ("--Pr-size 8 16 32", "--Pr-size has 3 values for 2 blocks"),
-    ("--scat-angles 4 4 4", "--scat-angles has 3 values"),
-    ("--Pr-size 8 0", "0 is not a positive integer"),
-    ("--Pr-size 8 big", "'big' is not a positive integer"),
-    ("--batch-size -3", "--batch-size: -3 is not a positive integer"),
-    ("--lr nan", "nan"),
-    ("--n-blocks 0", "0 is not a positive integer"),
-    ("--Pc-size 8", "--Pc-size is the size of the module Pc, which is not in --arch"),
-    ("-a 'Fw Std Pr Pc'", "the module Pc needs its number of channels, --Pc-size"),
-    ("--standard-width-scaling 2", "--standard-width-scaling means nothing"),
-    ("--no-such-flag", "--no-such-flag"),
-    ("--cifar10", "not allowed with"),
-    ("--data somewhere", "--data is ImageNet's folder"),
-    ("--restart", "--resume FILE"),
-    ("--P-eigenvectors-end 3", "--P-eigenvectors, which is missing"),
-    ("--data-subset 3", "START:STOP"),
-    ("--scattering-wph 2", "0 or 1"),
-    ("--pars-reg --quadrature-reg", "not allowed with"),
-    ("--first-arch 'Fw Pr' --last-arch 'Fw Pr' --n-blocks 1", "both replace"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("-a 'Fw Std Prr N'", "'Prr'"),
+        ("-a 'Fw Std Prr N'", "did you mean 'Pr'"),
+        ("-a ''", "empty"),
+        ("--psi-arch modd", "did you mean 'mod'"),
+        ("--Pr-size 8 16 32", "--Pr-size has 3 values for 2 blocks"),
+        ("--scat-angles 4 4 4", "--scat-angles has 3 values"),
+        ("--Pr-size 8 0", "0 is not a positive integer"),
+        ("--Pr-size 8 big", "'big' is not a positive integer"),
+        ("--batch-size -3", "--batch-size: -3 is not a positive integer"),
+        ("--lr nan", "nan"),
+        ("--n-blocks 0", "0 is not a positive integer"),
+        ("--Pc-size 8", "--Pc-size is the size of the module Pc, which is not in --arch"),
+        ("-a 'Fw Std Pr Pc'", "the module Pc needs its number of channels, --Pc-size"),
+        ("--standard-width-scaling 2", "--standard-width-scaling means nothing"),
+        ("--no-such-flag", "--no-such-flag"),
+        ("--cifar10", "not allowed with"),
+        ("--data somewhere", "--data is ImageNet's folder"),
+        ("--restart", "--resume FILE"),
+        ("--P-eigenvectors-end 3", "--P-eigenvectors, which is missing"),
+        ("--data-subset 3", "START:STOP"),
+        ("--scattering-wph 2", "0 or 1"),
+        ("--pars-reg --quadrature-reg", "not allowed with"),
+        ("--first-arch 'Fw Pr' --last-arch 'Fw Pr' --n-blocks 1", "both replace"),
+    ],
+)
 def test_mistakes_are_one_clear_line(change, says):
     with pytest.raises(UserError) as caught:
         parse(f"{NORM} {change}")
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line, says", [
-    ("--digits --arch resnet18-custom --Pr-size 8", "--Pr-size means nothing for resnet18-custom"),
-    ("--digits --arch resnet18-custom --no-classifier-bias", "--no-classifier-bias means nothing"),
-    ("--arch resnet18-custom", "--digits needs nothing"),
-    ("--dataset imagenet32 --arch resnet18-custom", "--data DIR"),
-    ("--digits", "--arch"),
-    ("--digits --arch resnet18-custom --evaluate", "--resume FILE"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("--digits --arch resnet18-custom --Pr-size 8", "--Pr-size means nothing for resnet18-custom"),
+        ("--digits --arch resnet18-custom --no-classifier-bias", "--no-classifier-bias means nothing"),
+        ("--arch resnet18-custom", "--digits needs nothing"),
+        ("--dataset imagenet32 --arch resnet18-custom", "--data DIR"),
+        ("--digits", "--arch"),
+        ("--digits --arch resnet18-custom --evaluate", "--resume FILE"),
+    ],
+)
 def test_missing_and_foreign_options_are_named(line, says):
     with pytest.raises(UserError, match=says):
         parse(line)
 
 
-@pytest.mark.parametrize("line, says", [
-    (NORM.replace("--n-blocks 2", "--n-blocks 5").replace("8 16", "8"), "block 4 of 5"),
-    (NORM.replace("'Fw Std Pr N'", "'Fw mod mod Std Pr N'"), "mod"),
-    ("--digits --arch resnet17-custom", "resnet17-custom"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        (NORM.replace("--n-blocks 2", "--n-blocks 5").replace("8 16", "8"), "block 4 of 5"),
+        (NORM.replace("'Fw Std Pr N'", "'Fw mod mod Std Pr N'"), "mod"),
+        ("--digits --arch resnet17-custom", "resnet17-custom"),
+    ],
+)
 def test_networks_that_cannot_be_are_explained(line, says):
     with pytest.raises(ValueError, match=says):
         build(line)
@@ -162,8 +178,10 @@ def test_projections_come_from_files(tmp_path):
     torch.save(vectors, tmp_path / "vectors.pt")
     np.save(tmp_path / "values.npy", np.zeros(3, np.float32))
     np.savez(tmp_path / "weights.npz", weights=np.ones((16, 40), np.float32))
-    network = build(f"{NORM} --P-eigenvectors {tmp_path}/vectors.pt none --P-eigenvectors-end 3 "
-                    f"--P-eigenvalues {tmp_path}/values.npy none --P-initialization none {tmp_path}/weights.npz")
+    network = build(
+        f"{NORM} --P-eigenvectors {tmp_path}/vectors.pt none --P-eigenvectors-end 3 "
+        f"--P-eigenvalues {tmp_path}/values.npy none --P-initialization none {tmp_path}/weights.npz"
+    )
     first, second = network.blocks[0].P, network.blocks[1].P
     assert torch.equal(first.basis, vectors[:, :3].T) and first.weight.shape == (8, 3) and not first.weight.any()
     assert torch.equal(second.weight, torch.ones(16, 40))

@@ -1,4 +1,5 @@
 """A run is a function of its command: the same seed gives the same bits, whatever interrupts it in between."""
+
 import csv
 import itertools
 import json
@@ -145,8 +146,12 @@ def test_the_tally_is_the_mean_over_images_and_finds_the_first_bad_step():
         tally.add(step, logits[step], labels[step], F.cross_entropy(logits[step], labels[step], reduction="sum"))
     score, bad = tally.score(3, world)
     ranks = (logits >= logits.gather(2, labels[..., None])).sum(2)
-    expected = Score(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(),
-                     100 * (ranks == 1).double().mean().item(), 100 * (ranks <= 5).double().mean().item(), 60)
+    expected = Score(
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(),
+        100 * (ranks == 1).double().mean().item(),
+        100 * (ranks <= 5).double().mean().item(),
+        60,
+    )
     assert vars(score) == pytest.approx(vars(expected), rel=1e-6) and bad is None
     tally.rows[1, 0] = math.nan
     assert tally.score(3, world)[1] == 2
@@ -168,8 +173,17 @@ def test_a_run_leaves_what_is_needed_to_understand_it():
     assert folder.args().Pr_size == [4, 8] and folder.args().input_shape == [1, 8, 8]
     assert "epoch 3/3" in (folder.path / "log.txt").read_text()
     assert {file.name for file in folder.path.iterdir()} == {
-        "args.json", "metrics.csv", "log.txt", "status.json", "last.pt", "previous.pt", "best.pt", "epoch_0.pt",
-        "epoch_1.pt", "epoch_2.pt"}
+        "args.json",
+        "metrics.csv",
+        "log.txt",
+        "status.json",
+        "last.pt",
+        "previous.pt",
+        "best.pt",
+        "epoch_0.pt",
+        "epoch_1.pt",
+        "epoch_2.pt",
+    }
 
 
 def test_no_epochs_still_leave_the_untrained_network():
@@ -181,8 +195,11 @@ def test_no_epochs_still_leave_the_untrained_network():
 def test_regularised_weights_have_no_decay_and_others_have():
     args = options.parse(command("parseval", "run", "--wd", "0.1"), {})
     network = models.build(options.network_config(args, Signal(1, 8, 8), 10))
-    decays = {id(p): group["weight_decay"] for group in training.make_optimizer(network, args).param_groups
-              for p in group["params"]}
+    decays = {
+        id(p): group["weight_decay"]
+        for group in training.make_optimizer(network, args).param_groups
+        for p in group["params"]
+    }
     assert decays[id(network.blocks[0].P.weight)] == 0 and decays[id(network.classifier.linear.weight)] == 0.1
 
 
