@@ -17,7 +17,7 @@ from utils.experiments import registry as experiments
 from utils.figures import command as figures
 from utils.figures.claims import claims_of, comparison
 from utils.figures.command import FIGURES
-from utils.figures.command.data import (
+from utils.figures.data import (
     FigureData,
     checkpoints_key,
     data_path,
@@ -25,8 +25,8 @@ from utils.figures.command.data import (
     load_published,
     save_numbers,
 )
-from utils.figures.command.drawing import shades, width_label
-from utils.figures.command.source import Source
+from utils.figures.drawing import shades, width_label
+from utils.figures.source import Source
 from utils.runs import checkpoints, options
 
 KEPT = ROOT / "notebook_data"
