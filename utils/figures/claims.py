@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.figures.command.data import FigureData
+from utils.figures.data import FigureData
 
 NOISE = 0.1  # errors of equal widths differ by as much, relatively, from one initialisation to the next
 

@@ -25,7 +25,7 @@ from utils.experiments.registry import SCALES
 from utils.figures import drawing
 from utils.figures import numbers as numbers_of
 from utils.figures.claims import Claim, claims_of, comparison
-from utils.figures.command.data import (
+from utils.figures.data import (
     ROOT,
     FigureData,
     checkpoints_key,
@@ -35,8 +35,8 @@ from utils.figures.command.data import (
     provenance,
     save_numbers,
 )
-from utils.figures.command.numbers import SHOWN
-from utils.figures.command.source import Source
+from utils.figures.numbers import SHOWN
+from utils.figures.source import Source
 from utils.files import atomic_write
 
 STYLE = Path(__file__).with_name("paper.mplstyle")

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from scipy import stats
 
 from rainbow.random_matrix import Decay, bulk_edges, marchenko_pastur_density
-from utils.figures.command.data import FigureData
+from utils.figures.data import FigureData
 
 BASES = {
     "weight": ("weight PCA", "tab:blue", "-"),

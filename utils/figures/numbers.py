@@ -28,7 +28,7 @@ from rainbow.layers import Layer, weight_layers
 from rainbow.moments import moments
 from rainbow.random_matrix import bulk_test, fit_decay, normality_p_value, real_samples
 from utils.experiments.registry import Experiment
-from utils.figures.command.source import Source
+from utils.figures.source import Source
 
 Numbers = dict[str, np.ndarray]
 

@@ -17,14 +17,7 @@ from utils.experiments import registry as experiments
 from utils.figures import command as figures
 from utils.figures.claims import claims_of, comparison
 from utils.figures.command import FIGURES
-from utils.figures.data import (
-    FigureData,
-    checkpoints_key,
-    data_path,
-    load_numbers,
-    load_published,
-    save_numbers,
-)
+from utils.figures.data import FigureData, checkpoints_key, data_path, load_numbers, load_published, save_numbers
 from utils.figures.drawing import shades, width_label
 from utils.figures.source import Source
 from utils.runs import checkpoints, options
