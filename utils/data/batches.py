@@ -18,9 +18,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
+from utils.data.names import BAD_IMAGES
 from utils.errors import UserError
 
-BAD_IMAGES = ("error", "skip")
 _ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
 _NORMALIZED_BYTES = 64 << 20  # sets this small are kept normalised too
 _RESIDENT_BYTES = 1 << 30  # sets this small are kept on the accelerator

@@ -18,10 +18,9 @@ from models.nonlinearity import NON_LINEARITIES
 from models.scatnet import ScatNetConfig
 from models.standard import BATCH_NORMS, STANDARD_NON_LINEARITIES, StandardConfig
 from models.wavelets import PLAIN
+from utils.data.names import BAD_IMAGES, DATASETS, IN_FOLDERS, WITH_FLAGS
 from utils.errors import UserError, as_user_error, first_line
 
-DATASETS = ("cifar10", "cifar100", "mnist", "digits", "imagenet", "imagenet32")
-IN_FOLDERS = ("imagenet", "imagenet32")  # found in --data; the others are in --data-dir
 SIZE_FLAGS = {"P": "L_proj_size", "Pr": "Pr_size", "Pc": "Pc_size"}
 NOTHING = "none"  # in a list of files: no file for this block
 
@@ -275,7 +274,7 @@ def _add_data_options(top):
     group = top.add_argument_group("data")
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--dataset", choices=DATASETS, help="the data set")
-    for name in ("cifar10", "cifar100", "mnist", "digits"):
+    for name in WITH_FLAGS:
         choice.add_argument(f"--{name}", dest="dataset", action="store_const", const=name, help=f"--dataset {name}")
     group.add_argument(
         "--data", metavar="DIR", help="ImageNet: the folder with train/ and val/; ImageNet32: the folder of its batches"
@@ -298,7 +297,7 @@ def _add_data_options(top):
     group.add_argument("--randomize-labels", type=natural, metavar="SEED", help="random labels for training")
     group.add_argument(
         "--bad-images",
-        choices=("error", "skip"),
+        choices=BAD_IMAGES,
         default="error",
         help="what to do about ImageNet's files that are no readable image (default error)",
     )
