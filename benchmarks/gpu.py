@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from train_step import NETWORKS as SCATTERING  # noqa: E402
 
 from models import build  # noqa: E402
+from models.config import StandardConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
-from models.standard import StandardConfig  # noqa: E402
 from utils.device import describe_device, pick_device  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
 

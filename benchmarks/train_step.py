@@ -25,8 +25,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import build  # noqa: E402
-from models.block import BlockConfig  # noqa: E402
-from models.scatnet import ScatNetConfig  # noqa: E402
+from models.config import BlockConfig, ScatNetConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
 from utils.data.datasets import load_datasets  # noqa: E402
 from utils.runs.options import parse  # noqa: E402

@@ -3,9 +3,11 @@
 
 def build(config):
     """The network that a configuration describes, with random weights from torch's generator."""
-    from models.scatnet import ScatNet, ScatNetConfig
+    from models.config import ScatNetConfig
 
     if isinstance(config, ScatNetConfig):
+        from models.scatnet import ScatNet
+
         return ScatNet(config)
     from models.standard import build_standard
 

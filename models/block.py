@@ -1,81 +1,17 @@
 """The block grammar: a list of module names becomes a module, e.g. ('Fw', 'Std', 'Pr', 'N')."""
 
-import difflib
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from models.classifier import complex_to_real, real_to_complex
+from models.config import BlockConfig
 from models.fast import from_planar, fused, to_planar
 from models.frame import Frame
+from models.names import IDENTITY, PROJECTIONS, check_names
 from models.nonlinearity import NonLinearity
 from models.projection import Projection
 from models.scattering import WaveletTransform, concatenate
 from models.standardization import Normalization, Standardization
-from models.wavelets import PLAIN
-
-MODULES = {
-    "Fw": "wavelet transform",
-    "mod": "pointwise non-linearity",
-    "rho": "skip connection [z, ρ(z)]",
-    "Std": "standardisation",
-    "P": "projection with weights of the input's type",
-    "Pr": "projection with real weights",
-    "Pc": "projection with complex weights",
-    "N": "division by the norm over channels",
-    "R": "complex to real",
-    "C": "real to complex",
-    "B": "two branches, concatenated",
-    "FrhoF": "learned frame around a non-linearity",
-    "id": "nothing",
-}
-PROJECTIONS = ("P", "Pr", "Pc")
-IDENTITY = "id"
-
-
-@dataclass(frozen=True, eq=False)
-class BlockConfig:
-    """Everything that defines one block but the type of its input. Architectures are tuples of names of MODULES."""
-
-    arch: tuple
-    phi_arch: tuple = ()
-    psi_arch: tuple = ()
-    linear_arch: tuple = ()
-    non_linear_arch: tuple = ()
-    left_arch: tuple = ()
-    right_arch: tuple = ()
-    angles: int = 4
-    full_angles: bool = False
-    scales_per_octave: int = 1
-    kind: str | int = PLAIN  # or 0, 1: the steps of a factorised octave
-    non_linearity: str = "mod"
-    non_linearity_bias: float | None = None
-    non_linearity_gain: float | None = None
-    non_linearity_learned: bool = False
-    homogeneous: bool = False
-    P_size: int | str | None = None  # a number of channels, "id", or None where the block has no such projection
-    Pr_size: int | str | None = None
-    Pc_size: int | str | None = None
-    remove_projection: bool = False
-    freeze_projection: bool = False
-    projection_basis: torch.Tensor | None = None
-    projection_eigenvalues: torch.Tensor | None = None
-    projection_initialization: torch.Tensor | None = None
-    orthogonal: bool = False
-    dictionary_size: int = 2048
-    dictionary_non_linearity: str = "relu"
-
-
-def check_names(arch):
-    """Raise ValueError for a name that is not in MODULES, with the nearest one that is."""
-    for name in arch:
-        if name not in MODULES:
-            near = difflib.get_close_matches(name, MODULES, 1, 0.3) or [
-                known for known in MODULES if known.lower() == name.lower()
-            ]
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown module {name!r}{hint} (known: {' '.join(MODULES)})")
 
 
 class Sequence(nn.Sequential):
@@ -206,7 +142,7 @@ class Block(nn.Module):
     and for numbers other than float32.
     """
 
-    def __init__(self, signal, config):
+    def __init__(self, signal, config: BlockConfig):
         super().__init__()
         self.signal = signal
         self.body = Sequence(config.arch, signal, config)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.nonlinearity import NonLinearity
-from models.scattering import output_size, padding_indices
+from models.signal import output_size, padding_indices
 from models.standardization import EPSILON, count_over_ranks, sum_over_ranks
 
 _RANK_TOLERANCE = 1e-7  # singular values below this part of the largest are lost in float32 anyway

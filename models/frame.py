@@ -5,9 +5,8 @@ import math
 import torch
 from torch import nn
 
+from models.names import FRAME_NON_LINEARITIES, check_choice
 from models.projection import apply_weight
-
-FRAME_NON_LINEARITIES = {"relu": torch.relu, "abs": torch.abs, "tanh": torch.tanh}
 
 
 class Frame(nn.Module):
@@ -20,11 +19,9 @@ class Frame(nn.Module):
         super().__init__()
         if signal.complex:
             raise ValueError(f"'FrhoF' needs a real input, but its input is complex ({signal}); put 'R' before it")
-        if non_linearity not in FRAME_NON_LINEARITIES:
-            known = ", ".join(FRAME_NON_LINEARITIES)
-            raise ValueError(f"unknown non-linearity {non_linearity!r}: choose among {known}")
+        check_choice("non-linearity", non_linearity, FRAME_NON_LINEARITIES)
         self.frame = nn.Parameter(torch.randn(atoms, signal.channels) / math.sqrt(atoms))
-        self.rho = FRAME_NON_LINEARITIES[non_linearity]
+        self.rho = getattr(torch, non_linearity)
         self.out = signal
 
     def forward(self, x):

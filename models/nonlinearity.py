@@ -1,12 +1,11 @@
-"""Pointwise non-linearities of a scattering block (`--scat-non-linearity`)."""
+"""Pointwise non-linearities, of a scattering block (`--scat-non-linearity`) and of the standard networks."""
 
 import torch
 from torch import nn
 
-NON_LINEARITIES = ("mod", "abs", "relu", "cst", "mc", "ms", "tanh", "pow")
+from models.names import NON_LINEARITIES, STANDARD_NON_LINEARITIES, check_choice
+
 _TINY = 1e-6
-_WITH_BIAS = ("relu", "cst", "ms", "pow")
-_WITH_GAIN = ("ms", "tanh", "pow")
 
 
 class NonLinearity(nn.Module):
@@ -20,29 +19,29 @@ class NonLinearity(nn.Module):
 
     def __init__(self, name, signal, bias=None, gain=None, learned=False):
         super().__init__()
-        if name not in NON_LINEARITIES:
-            raise ValueError(f"unknown non-linearity {name!r}: choose among {', '.join(NON_LINEARITIES)}")
+        check_choice("non-linearity", name, NON_LINEARITIES)
         if name == "mod" and not signal.complex:
             raise ValueError(f"'mod' is the modulus of complex numbers, but its input is real ({signal}); use 'abs'")
         if name == "relu" and signal.complex:
             raise ValueError(f"'relu' needs a real input, but its input is complex ({signal}); use 'cst'")
-        for value, what, names in ((bias, "bias", _WITH_BIAS), (gain, "gain", _WITH_GAIN)):
-            if value is not None and name not in names:
-                raise ValueError(f"the non-linearity {name!r} has no {what} (those that have: {', '.join(names)})")
-        if learned and name not in _WITH_BIAS + _WITH_GAIN:
+        if learned and not NON_LINEARITIES[name]:
             raise ValueError(f"the non-linearity {name!r} has nothing to learn")
         self.name = name
         self.out = signal.with_(complex=signal.complex and name not in ("mod", "abs"))
-        self._set("bias", name in _WITH_BIAS, 0.0 if bias is None else bias, learned, signal.channels)
-        self._set("gain", name in _WITH_GAIN, 1.0 if gain is None else gain, learned, signal.channels)
+        self._set("bias", bias, 0.0, learned)
+        self._set("gain", gain, 1.0, learned)
 
-    def _set(self, what, used, value, learned, channels):
-        if not used:
+    def _set(self, what, value, default, learned):
+        having = [name for name, numbers in NON_LINEARITIES.items() if what[0] in numbers]
+        if value is not None and self.name not in having:
+            raise ValueError(f"the non-linearity {self.name!r} has no {what} (those that have: {', '.join(having)})")
+        start = torch.tensor(float(default if value is None else value))
+        if self.name not in having:
             setattr(self, what, None)
         elif learned:
-            setattr(self, what, nn.Parameter(torch.full((channels, 1, 1), float(value))))
+            setattr(self, what, nn.Parameter(start.repeat(self.out.channels, 1, 1)))
         else:
-            self.register_buffer(what, torch.tensor(float(value)), persistent=False)
+            self.register_buffer(what, start, persistent=False)
 
     def forward(self, z):
         if self.name in ("mod", "abs"):
@@ -52,16 +51,55 @@ class NonLinearity(nn.Module):
         modulus = z.abs()
         if self.name == "cst":
             return torch.relu(1 - self.bias / (modulus + _TINY)) * z
+        return self._new_modulus(modulus) / (modulus + _TINY) * z
+
+    def _new_modulus(self, modulus):
         if self.name == "mc":
-            new_modulus = 1.0
-        elif self.name == "ms":
-            new_modulus = torch.sigmoid(self.gain * modulus + self.bias)
-        elif self.name == "tanh":
-            new_modulus = torch.tanh(self.gain * modulus)
-        else:
-            power = torch.exp(self.bias) * modulus**self.gain
-            new_modulus = power / (1 + power)
-        return new_modulus / (modulus + _TINY) * z
+            return 1.0
+        if self.name == "ms":
+            return torch.sigmoid(self.gain * modulus + self.bias)
+        if self.name == "tanh":
+            return torch.tanh(self.gain * modulus)
+        power = torch.exp(self.bias) * modulus**self.gain
+        return power / (1 + power)
+
+    def extra_repr(self):
+        return self.name
+
+
+class StandardNonLinearity(nn.Module):
+    """Pointwise function of real (B, C, M, N) or (B, C), with the gain g and bias b it has, learned per channel.
+
+    relu: max(x, 0); abs: |x|; absdead: max(|x| − b, 0), abs with a dead zone; thresh: sign(x) max(|x| − b, 0), the
+    soft threshold; tanh: tanh(g x + b); sigmoid: 1 / (1 + exp(−g x − b)); pow: sign(x) t / (1 + t) with
+    t = e^b |x|^g; powfixed: pow with g = 1. They start at g = 1, b = 0. Raises ValueError for an unknown name.
+    """
+
+    def __init__(self, name: str, channels: int):
+        super().__init__()
+        check_choice("non-linearity", name, STANDARD_NON_LINEARITIES)
+        self.name = name
+        self.gain = nn.Parameter(torch.ones(channels)) if "g" in STANDARD_NON_LINEARITIES[name] else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if "b" in STANDARD_NON_LINEARITIES[name] else None
+
+    def forward(self, x):
+        if self.name == "relu":
+            return x.relu()
+        if self.name == "abs":
+            return x.abs()
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        bias = self.bias.view(shape)  # (C, 1, 1) or (C,)
+        gain = 1.0 if self.gain is None else self.gain.view(shape)
+        if self.name == "absdead":
+            return (x.abs() - bias).relu()
+        if self.name == "thresh":
+            return x.sign() * (x.abs() - bias).relu()
+        if self.name == "tanh":
+            return torch.tanh(gain * x + bias)
+        if self.name == "sigmoid":
+            return torch.sigmoid(gain * x + bias)
+        power = bias.exp() * (x.abs() + _TINY) ** gain
+        return x.sign() * power / (1 + power)
 
     def extra_repr(self):
         return self.name

@@ -2,7 +2,9 @@
 
 from torch import nn
 
-from .standard import StandardConfig, StandardNonLinearity, batch_norm, in_order, initialize_convolutions
+from models.config import StandardConfig
+from models.nonlinearity import StandardNonLinearity
+from models.standard_parts import batch_norm, in_order, initialize_convolutions
 
 _BASIC, _BOTTLENECK = 1, 4  # the output channels of a block, relative to its width
 RESNETS = {

@@ -1,33 +1,15 @@
 """Learned scattering networks: blocks, then a classifier."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-from models.block import Block, BlockConfig
+from models.block import Block
 from models.classifier import Classifier
+from models.config import ScatNetConfig
 from models.fast import from_planar, to_planar
 from models.projection import Projection, apply_weight
-from models.signal import Signal
 
 RGB_TO_YUV = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))
-
-
-@dataclass(frozen=True, eq=False)
-class ScatNetConfig:
-    """Everything that defines a learned scattering network."""
-
-    input: Signal
-    num_classes: int
-    blocks: tuple[BlockConfig, ...]
-    classifier_batch_norm: str = "affine"  # or "std", "none"
-    classifier_bias: bool = True
-    average_pooling: bool = False
-    mix_input: bool = False
-    yuv: bool = False
-    regularization: str | None = None  # or "parseval", "quadrature"
-    beta: float = 0.01
 
 
 class MixInput(nn.Module):
@@ -51,7 +33,7 @@ class ScatNet(nn.Module):
         ValueError: the blocks do not fit the images or one another; the message names the block.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ScatNetConfig):
         super().__init__()
         self.config = config
         self.regularization, self.beta = config.regularization, config.beta

@@ -3,25 +3,9 @@
 import torch
 from torch import nn
 
-from models.wavelets import PLAIN, filter_bank
-
-
-def padded_size(size):
-    """Size of an axis after reflection padding."""
-    return ((size + 2) // 2 + 1) * 2
-
-
-def output_size(size, subsample):
-    """Size of an axis after filtering, subsampling by 2 (or not) and dropping the border."""
-    return padded_size(size) // 2 - 2 if subsample else padded_size(size) - 4
-
-
-def padding_indices(size):
-    """Which sample of an axis stands at each place of the padded axis: periodic reflection, borders not repeated."""
-    extra = padded_size(size) - size
-    period = max(2 * (size - 1), 1)
-    places = range(-(extra // 2), size + (extra + 1) // 2)
-    return [min(place % period, -place % period) for place in places]
+from models.names import PLAIN
+from models.signal import output_size, padded_size, padding_indices
+from models.wavelets import filter_bank
 
 
 def reference_transform(x, bank, subsample):

@@ -1,4 +1,4 @@
-"""The type of a feature map: what a block must know of its input before any image is seen."""
+"""The type of a feature map: what a block must know of its input before any image is seen; imports no torch."""
 
 from dataclasses import dataclass, replace
 
@@ -23,3 +23,21 @@ class Signal:
 
     def with_(self, **changes) -> "Signal":
         return replace(self, **changes)
+
+
+def padded_size(size: int) -> int:
+    """Size of an image axis after the reflection padding of a wavelet transform."""
+    return ((size + 2) // 2 + 1) * 2
+
+
+def output_size(size: int, subsample: bool) -> int:
+    """Size of an image axis after a wavelet transform: padded, filtered, subsampled by 2 (or not), border dropped."""
+    return padded_size(size) // 2 - 2 if subsample else padded_size(size) - 4
+
+
+def padding_indices(size: int) -> list[int]:
+    """The sample of an axis at each place of the padded axis: periodic reflection, borders not repeated."""
+    extra = padded_size(size) - size
+    period = max(2 * (size - 1), 1)
+    places = range(-(extra // 2), size + (extra + 1) // 2)
+    return [min(place % period, -place % period) for place in places]

@@ -9,7 +9,8 @@ from functools import cache
 
 import numpy as np
 
-PLAIN = "plain"
+from models.names import PLAIN
+
 SIGMA = 0.8
 XI = 3 * math.pi / 4
 _TILES = range(-2, 3)  # the filters are made periodic by summing over 5 × 5 tiles

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from models import build
-from models.block import BlockConfig
-from models.scatnet import ScatNetConfig
-from models.scattering import padding_indices
-from models.signal import Signal
+from models.config import BlockConfig, ScatNetConfig
+from models.signal import Signal, padding_indices
 from utils.runs.options import network_config, parse
 
 CIFAR, IMAGENET = (Signal(3, 32, 32), 10), (Signal(3, 224, 224), 1000)

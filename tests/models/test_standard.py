@@ -8,8 +8,11 @@ import torch
 from torchvision import models as tv
 
 from models import build
+from models.config import StandardConfig
+from models.names import STANDARD_NON_LINEARITIES
+from models.nonlinearity import StandardNonLinearity
 from models.signal import Signal
-from models.standard import STANDARD_NON_LINEARITIES, StandardConfig, StandardNonLinearity, batch_norm
+from models.standard_parts import batch_norm
 
 RGB = Signal(3, 32, 32)
 TINY = StandardConfig("resnet18-custom", 10, RGB, width=1 / 16)

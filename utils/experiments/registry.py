@@ -15,6 +15,8 @@ import functools
 import hashlib
 import shlex
 
+from models.signal import output_size
+
 IMAGENET = "PATH/TO/IMAGENET"
 SCALES = ("paper", "laptop")
 ANGLES = 4
@@ -111,12 +113,11 @@ class Scattering:
         return tuple(arguments + ([] if self.decay else ["--weight-decay", "0"]))
 
     def image_sizes(self, size):
-        """Height of the image after each block (`spec`: padded to M_pad, filtered, every second sample, cropped)."""
+        """Height of the image after each block."""
         sizes = []
         for block in range(len(self.sizes)):
             plain = self.factorize is None or block < self.factorize
-            padded = ((size + 2) // 2 + 1) * 2
-            size = padded // 2 - 2 if plain or (block - self.factorize) % 2 else padded - 4
+            size = output_size(size, subsample=bool(plain or (block - self.factorize) % 2))
             sizes.append(size)
         return sizes
 

@@ -12,12 +12,19 @@ import pickle
 import numpy as np
 import torch
 
-from models.block import IDENTITY, MODULES, PROJECTIONS, BlockConfig, check_names
-from models.frame import FRAME_NON_LINEARITIES
-from models.nonlinearity import NON_LINEARITIES
-from models.scatnet import ScatNetConfig
-from models.standard import BATCH_NORMS, STANDARD_NON_LINEARITIES, StandardConfig
-from models.wavelets import PLAIN
+from models.config import BlockConfig, ScatNetConfig, StandardConfig
+from models.names import (
+    BATCH_NORMS,
+    CLASSIFIER_BATCH_NORMS,
+    FRAME_NON_LINEARITIES,
+    IDENTITY,
+    MODULES,
+    NON_LINEARITIES,
+    PLAIN,
+    PROJECTIONS,
+    STANDARD_NON_LINEARITIES,
+    check_names,
+)
 from utils.data.names import BAD_IMAGES, DATASETS, IN_FOLDERS, WITH_FLAGS
 from utils.errors import UserError, as_user_error, first_line
 
@@ -240,7 +247,7 @@ def _add_classifier_options(top):
     group = top.add_argument_group("classifier")
     group.add_argument(
         "--classifier-batch-norm",
-        choices=("affine", "std", "none"),
+        choices=CLASSIFIER_BATCH_NORMS,
         default="affine",
         help="batch norm before the linear layer; std: without affine map (default affine)",
     )

@@ -1,0 +1,27 @@
+"""What ResNets and VGGs are made of alike: batch norm, its place, the start of the convolutions."""
+
+from torch import nn
+
+from models.config import StandardConfig
+
+
+def batch_norm(config: StandardConfig, channels: int) -> nn.Module:
+    """The batch norm of `channels` channels, affine with `config.bias`; the identity with `config.batch_norm` none."""
+    if config.batch_norm == "none":
+        return nn.Identity()
+    return nn.BatchNorm2d(channels, affine=config.bias)
+
+
+def in_order(config: StandardConfig, norm, non_linearity) -> tuple:
+    """The two modules (or their names) as `config.batch_norm` orders them; without batch norm only the second."""
+    orders = {"none": (non_linearity,), "pre": (norm, non_linearity), "post": (non_linearity, norm)}
+    return orders[config.batch_norm]
+
+
+def initialize_convolutions(network: nn.Module):
+    """Kaiming-normal (fan-out, relu) weights and zero biases for every convolution of `network`."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
