@@ -1,59 +1,47 @@
-"""Our networks compute what the authors' program computes: filters, scores, losses while training."""
+"""Our networks compute what the authors' program computes: filters, scores, losses while training, checkpoints."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from models import build
-from models.signal import Signal
 from models.wavelets import filter_bank
-from tests.conftest import GOLDEN
-from utils.runs.checkpoints import convert_original
-from utils.runs.options import network_config, parse
+from tests.golden_data import GOLDEN_NAMES, REPLAYS, golden, golden_args, golden_network
+from utils.runs.checkpoints import load_original, load_weights
+from utils.runs.training import make_optimizer
 
-NAMES = sorted(path.stem for path in GOLDEN.glob("J*.pt"))
-needs_golden = pytest.mark.skipif(not NAMES, reason=f"outputs of the original program are not at {GOLDEN}")
-TRACE = [
-    "J4-norm-fact0-L4",
-    "J4-skip-fact0-L4",
-    "J4-complex-fact0-L4",
-    "J8-norm-fact0-L4",
-    "J8-skip-fact0-L4",
-    "J8-complex-fact0-L4",
-]
+IMPLEMENTATIONS = [(name, fast) for name in GOLDEN_NAMES for fast in ([None] if "resnet" in name else [True, False])]
 
 
-def load(golden, name, state="state_dict"):
-    """The network of a golden file with one of its states, and the file."""
-    data = golden(name)
-    argv = data["argv"] if isinstance(data["argv"], str) else None
-    args = parse(argv.split() if argv else list(data["argv"]))
-    network = build(network_config(args, Signal(data["input"].shape[1], 32, 32), 10))
-    network.load_state_dict(convert_original(data[state], network))
-    return network, data
-
-
-@needs_golden
-def test_filters(golden):
-    for name, theirs in golden("filters").items():
-        size, angles, *rest = name.split("-")
-        kind = {"none": "plain", "i0": 0, "i1": 1}[rest[-1]]
-        padded = int(size[1:])
-        ours = filter_bank(padded, padded, int(angles[1:]), kind, full_angles="full" in rest)
-        assert np.abs(ours - theirs.numpy()).max() < 1e-5 * theirs.abs().max(), name
-
-
-@needs_golden
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
-@pytest.mark.parametrize("name", NAMES)
-def test_scores(golden, name, fast):
-    network, data = load(golden, name)
-    for block in network.eval().blocks:
+def load(name, state="state_dict", fast=None):
+    """The network of a golden file with one of its states, its blocks fused or not."""
+    network = golden_network(name)
+    load_weights(network, golden(name)[state], name)
+    for block in network.blocks if fast is not None else ():
         block.fast = fast
+    return network
+
+
+def error(network, name):
+    """The largest error of the logits, in standard deviations of the authors'."""
+    logits = golden(name)["logits"]
     with torch.no_grad():
-        error = (network(data["input"]) - data["logits"]).abs().max()
-    assert error < 1e-4 * data["logits"].std()
+        return (network.eval()(golden(name)["input"]) - logits).abs().max() / logits.std()
+
+
+@pytest.mark.parametrize("name", golden("filters"))
+def test_filters(name):
+    theirs = golden("filters")[name].numpy()
+    size, angles, *rest = name.split("-")
+    kind = {"none": "plain", "i0": 0, "i1": 1}[rest[-1]]
+    padded = int(size[1:])
+    ours = filter_bank(padded, padded, int(angles[1:]), kind, full_angles="full" in rest)
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name, fast", IMPLEMENTATIONS)
+def test_scores(name, fast):
+    assert error(load(name, fast=fast), name) < 1e-4
 
 
 def to_double(network):
@@ -65,14 +53,12 @@ def to_double(network):
     return network
 
 
-def losses(network, data, fast=False):
+def losses(network, name):
     """The loss before each SGD step on the golden batches, in the network's precision."""
-    for block in network.train().blocks:
-        block.fast = fast
-    dtype = next(network.parameters()).dtype
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    dtype = next(network.train().parameters()).dtype
+    optimizer = make_optimizer(network, golden_args(name))
     found = []
-    for images, labels in data["train_batches"]:
+    for images, labels in golden(name)["train_batches"]:
         loss = F.cross_entropy(network(images.to(dtype.to_real())), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -81,14 +67,29 @@ def losses(network, data, fast=False):
     return found
 
 
-@needs_golden
-@pytest.mark.parametrize("name", TRACE)
-def test_training_losses(golden, name):
+@pytest.mark.parametrize("name", REPLAYS)
+def test_training_losses(name):
     """Within 1e-3. Eight images to a batch amplify rounding, theirs too: its effect, seen in double precision, adds."""
-    exact = losses(to_double(load(golden, name, "init_state_dict")[0]), golden(name))
-    assert exact == pytest.approx(golden(name)["train_losses"], rel=1e-3)
+    published = golden(name)["train_losses"]
+    exact = losses(to_double(load(name, "init_state_dict", fast=False)), name)
+    assert exact == pytest.approx(published, rel=1e-3)
     for fast in (True, False):
-        ours = losses(*load(golden, name, "init_state_dict"), fast)
+        ours = losses(load(name, "init_state_dict", fast), name)
         assert ours == pytest.approx(exact, rel=1e-3)
-        for loss, theirs, true in zip(ours, golden(name)["train_losses"], exact, strict=True):
+        for loss, theirs, true in zip(ours, published, exact, strict=True):
             assert loss == pytest.approx(theirs, rel=1e-3 + abs(theirs / true - 1))
+
+
+RESNET = "resnet18-w0.125-bnpost-nobias"
+CHECKPOINTS = [("J8-norm-fact0-L4", ""), ("J8-complex-fact0-L4", ""), ("J4-norm-x-idproj", ""), (RESNET, "")]
+
+
+@pytest.mark.parametrize("name, prefix", [*CHECKPOINTS, (RESNET, "module.")])
+def test_checkpoints(name, prefix, tmp_path):
+    """The file as the authors' program writes it; `module.` is the prefix of DataParallel."""
+    state = {f"{prefix}{key}": value for key, value in golden(name)["state_dict"].items()}
+    file = tmp_path / "best.pth.tar"
+    torch.save({"state_dict": state, "epoch": 3, "arch": "?", "best_acc1": torch.tensor(1.0)}, file)
+    network = golden_network(name)
+    load_weights(network, load_original(file, network)["state_dict"], file)
+    assert error(network, name) < 1e-4

@@ -1,4 +1,4 @@
-"""The standard networks: torchvision's where they should be, the original's where its outputs are published."""
+"""The standard networks: torchvision's, and the options that the paper adds."""
 
 from dataclasses import replace
 from urllib.error import URLError
@@ -35,27 +35,6 @@ def random_state(network):
             fan_in = tensor[0].numel() if tensor.dim() > 1 else 10
             state[name].normal_(0, (2 / fan_in) ** 0.5, generator=generator)
     return state
-
-
-@pytest.mark.parametrize("name", ["resnet18-w0.125-bnnone-nobias", "resnet18-w0.125-bnpost-nobias"])
-def test_resnet_gives_the_originals_logits(golden, name):
-    published = golden(name)
-    args = published["args"]
-    config = StandardConfig(
-        args["arch"],
-        1000,
-        RGB,
-        width=args["standard_width_scaling"],
-        batch_norm=args["standard_batch_norm"],
-        bias=not args["standard_no_bias"],
-        classifier_bias=not args["standard_classifier_no_bias"],
-    )
-    network = build(config).eval()
-    state = {k: v for k, v in published["state_dict"].items() if "non_linearity" not in k}
-    network.load_state_dict(state)
-    with torch.no_grad():
-        error = (network(published["input"]) - published["logits"]).abs().max()
-    assert error < 1e-4 * published["logits"].std()
 
 
 @pytest.mark.parametrize(

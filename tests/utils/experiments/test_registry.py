@@ -1,24 +1,16 @@
 """The registry: the authors' experiments, corrections apart, each serving a figure; costs from the networks."""
 
 import ast
-import shlex
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.golden_data import original_commands
 from utils.experiments import registry
 
-ORIGINAL = ROOT.parent / "shared" / "spec" / "original_experiments.tsv"
 ADDED = {"--seed", "--dir"}
-
-
-def original():
-    if not ORIGINAL.exists():
-        pytest.skip("the authors' list of experiments is not beside the repository")
-    rows = (line.split("\t") for line in ORIGINAL.read_text().splitlines())
-    return {name: shlex.split(command) for name, command in rows}
 
 
 def flags(command):
@@ -26,7 +18,7 @@ def flags(command):
 
 
 def test_original_lines_flag_by_flag():
-    theirs = original()
+    theirs = original_commands()
     ours = registry.by_name("paper")
     assert len(theirs) == 228
     for name in theirs.keys() & ours.keys():
@@ -41,7 +33,7 @@ def test_original_lines_flag_by_flag():
 
 
 def test_every_difference_in_names_is_a_correction():
-    theirs, ours = original().keys(), registry.by_name("paper").keys()
+    theirs, ours = original_commands().keys(), registry.by_name("paper").keys()
     eight = "cifar-WP64WP128WP256WP512WP512WP512WP512WP512-norm-L4-clbnstd-clnobias-nowd-paperexps-init"
     four = "cifar-WP64WP128WP256WP512-L4-clbnstd-clnobias-nowd-paperexps-init"
     unused = {f"{eight}{i}" for i in range(1, 51)} | {"standard-resnet18-nobias-clnobias-bnpost"}

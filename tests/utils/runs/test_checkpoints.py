@@ -214,25 +214,6 @@ def test_arguments_that_describe_no_network_are_an_error(folder, args, network, 
         load_network(folder, 0)
 
 
-# The original's files
-
-
-@pytest.mark.parametrize(
-    "name", ["J4-norm-fact0-L4", "J4-complex-fact0-L4", "J4-norm-x-idproj", "resnet18-w0.125-bnpost-nobias"]
-)
-def test_checkpoints_of_the_original_load_with_and_without_data_parallel(golden, tmp_path, name):
-    data = golden(name)
-    args = options.parse(data["argv"], {})
-    network = models.build(options.network_config(args, Signal(3, 32, 32), data["logits"].shape[1])).eval()
-    states = [data["state_dict"]]
-    if isinstance(args.arch, str):
-        states.append({f"module.{key}": value for key, value in data["state_dict"].items()})
-    for state in states:
-        torch.save({"state_dict": state, "epoch": 3, "arch": "?", "best_acc1": torch.tensor(1.0)}, tmp_path / "o.tar")
-        load_weights(network, checkpoints.load_original(tmp_path / "o.tar", network)["state_dict"], "o.tar")
-        assert (network(data["input"]) - data["logits"]).abs().max() < 1e-4 * data["logits"].std()
-
-
 # One process at a time
 
 
