@@ -18,7 +18,9 @@ import torch
 from tqdm import tqdm
 
 import models
+from models import rainbow_layers
 from models.signal import Signal
+from rainbow import RainbowError
 from rainbow.alignment import MeanNetwork
 from rainbow.layers import device_of, weight_layers
 from rainbow.moments import digest
@@ -79,8 +81,10 @@ def parser():
     return top
 
 
+@as_user_error(kind=RainbowError)
 def main(argv=None):
     """Samples as the command line says. Returns the exit status; raises RunError."""
+    rainbow_layers.register()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     device = pick_device(args.device)

@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models import rainbow_layers  # noqa: E402
 from models.block import BlockConfig  # noqa: E402
 from models.scatnet import ScatNet, ScatNetConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
@@ -142,6 +143,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    rainbow_layers.register()
     torch.set_num_threads(args.threads)
     data = random_images(args.images, args.batch_size)
     makers = {kind: lambda seed, kind=kind: scattering(kind, args.width, seed) for kind in KINDS}

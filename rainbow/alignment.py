@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from rainbow.covariance import to_double
+from rainbow.errors import RainbowError
 from rainbow.layers import Layer, evaluating, first_images
 from rainbow.moments import Moments, moments, resolve_layers, stream_inputs
-from rainbow.samples import ChannelSums, ProductSum, Samples, accumulation_device
-from utils.errors import UserError
+from rainbow.norms import Affine, normalized_product
+from rainbow.precision import accumulation_device, to_double
+from rainbow.samples import ChannelSums, ProductSum, Samples
 
 SAME = 1e-5  # least distance from 1 of a correlation that tells two channels apart
 
@@ -25,13 +26,13 @@ SAME = 1e-5  # least distance from 1 of a correlation that tells two channels ap
 def align(K: Tensor, complex_values: bool = False) -> Tensor:
     """A = U V^H for K = U S V^H, in double precision; of the real part of K unless `complex_values`. # (D_a, D_b)
 
-    Where D_a ≠ D_b, A is a partial isometry: its shorter side is orthonormal. Raises UserError if K is not finite.
+    Where D_a ≠ D_b, A is a partial isometry: its shorter side is orthonormal. Raises RainbowError if K is not finite.
     """
     K = to_double(K)
     if K.is_complex() and not complex_values:
         K = K.real
     if K.ndim != 2 or not torch.isfinite(K.abs()).all():
-        raise UserError(f"cannot align: the cross-covariance of shape {tuple(K.shape)} is not a finite matrix")
+        raise RainbowError(f"cannot align: the cross-covariance of shape {tuple(K.shape)} is not a finite matrix")
     u, _, vh = torch.linalg.svd(K, full_matrices=False)
     return u @ vh
 
@@ -39,11 +40,11 @@ def align(K: Tensor, complex_values: bool = False) -> Tensor:
 def transport(weights: Tensor, A: Tensor) -> Tensor:
     """W A on the channel axis of weights (N, D_a·k²), channel first, for A (D_a, D_b). # (N, D_b·k²)
 
-    Raises UserError if the shapes do not fit.
+    Raises RainbowError if the shapes do not fit.
     """
     channels = A.shape[0]
     if weights.ndim != 2 or weights.shape[1] % channels:
-        raise UserError(f"weights of shape {tuple(weights.shape)} do not fit an alignment of {channels} channels")
+        raise RainbowError(f"weights of shape {tuple(weights.shape)} do not fit an alignment of {channels} channels")
     weights, A = to_double(weights), to_double(A)
     dtype = torch.promote_types(weights.dtype, A.dtype)
     kernels = weights.to(dtype).unflatten(1, (channels, -1))  # (N, D_a, k²)
@@ -124,12 +125,12 @@ class Alignment:
     def score_moments(self, found: Moments, i: int, j: int) -> list[float]:
         """The same from moments of networks i and j."""
         if len(found.names[i]) != len(self.matrices):
-            raise UserError(f"fitted on {len(self.matrices)} layers, asked to score {len(found.names[i])}")
+            raise RainbowError(f"fitted on {len(self.matrices)} layers, asked to score {len(found.names[i])}")
         return [alignment_error(A, *self._products(found, i, j, k)) for k, A in enumerate(self.matrices)]
 
     def _position(self, layer):
         if not self.matrices:
-            raise UserError("this alignment was not fitted yet")
+            raise RainbowError("this alignment was not fitted yet")
         return self.names.index(layer) if layer in self.names else range(len(self.matrices))[layer]
 
     def _products(self, found, i, j, k):
@@ -137,17 +138,13 @@ class Alignment:
         K = found.cross(i, j, k)
         if not self.standardize:
             return K, found.energy(i, k), found.energy(j, k)
-        shifts, scales, energies = [], [], []
+        maps, energies = [], []
         for n, (mean, var) in zip((i, j), self._statistics[k]):
             scale = torch.where(var > 0, var.rsqrt(), 0)
             offset = found.mean(n, k) - mean
-            shifts.append(mean)
-            scales.append(scale)
+            maps.append(Affine(mean, scale))
             energies.append(((found.var(n, k) + offset.abs().square()) * scale.square()).sum().item())
-        (m_a, m_b), (mean_a, mean_b) = shifts, (found.mean(i, k), found.mean(j, k))
-        shift = torch.outer(m_a, mean_b.conj()) + torch.outer(mean_a - m_a, m_b.conj())
-        K = K - (shift if K.is_complex() else shift.real)
-        return K * scales[0][:, None] * scales[1], *energies
+        return normalized_product(K, found.mean(i, k), maps[0], found.mean(j, k), maps[1]), *energies
 
 
 class MeanNetwork:

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from rainbow.alignment import Alignment, MeanNetwork, transport
 from rainbow.clipping import clipped_accuracies, even_ranks
 from rainbow.covariance import WeightCovariance, complete_basis, random_basis
+from rainbow.errors import RainbowError
 from rainbow.layers import Layer, check_finite, find_name, inspect, make_example, weight_layers
 from rainbow.moments import Moments, moments
 from rainbow.random_matrix import bulk_test
 from rainbow.sampling import RainbowSample, RainbowSampler
-from utils.errors import UserError
 
 BASES = ("weight", "kernel", "random")
 
@@ -93,20 +93,21 @@ class Rainbow:
         loader: anything that can be gone through again and again and yields (images, labels), or images alone where no
         accuracy is asked for. layers: names (default: all linear layers and convolutions, in forward order).
 
-        Raises UserError for a module without hooks or weight layers, a layer that is not there, weights that are not
+        Raises RainbowError for a module without hooks or weight layers, a layer that is not there, weights that are not
         finite, or a loader that is empty or can be read only once.
         """
         networks = [networks] if isinstance(networks, nn.Module) else list(networks)
         if not networks:
-            raise UserError("no network is given")
+            raise RainbowError("no network is given")
         if iter(loader) is loader:
-            raise UserError("the data can be read only once: give a list of batches or a DataLoader")
+            raise RainbowError("the data can be read only once: give a list of batches or a DataLoader")
         found = inspect(networks[0], make_example(networks[0], loader))
         known = [layer.name for layer in found.layers]
         chosen = known if layers is None else [find_name(name, known) for name in layers]
         for network in networks:
             check_finite(weight_layers(network, make_example(network, loader), chosen))
-        skipped = {**found.skipped, **{name: "it is not asked for" for name in known if name not in chosen}}
+        skipped = {name: skipped.reason for name, skipped in found.skipped.items()}
+        skipped |= {name: "it is not asked for" for name in known if name not in chosen}
         return cls(MeanNetwork.fit(networks, loader, layers=chosen, num_iters=num_iters), loader, skipped)
 
     def align(
@@ -120,7 +121,7 @@ class Rainbow:
         names = list(self.layers)
         others = names if layers is None else list(layers)
         if len(others) != len(names):
-            raise UserError(f"{len(others)} layers of the other network for {len(names)} of this one")
+            raise RainbowError(f"{len(others)} layers of the other network for {len(names)} of this one")
         networks, chosen = [other, self.network], [others, names]
         found = moments(networks, chosen, self.loader, auto=False, cross=[(0, 1)])
         for k, name in enumerate(names):
@@ -137,7 +138,7 @@ class Rainbow:
 
         widths: neurons of every layer but the last (default: its own). method: "gaussian", "orthogonal" or "white".
         options: of `RainbowSampler`; with test=loader, accuracies are measured. `sample_result` has them all.
-        Raises UserError where layers were left out, or widths do not fit.
+        Raises RainbowError where layers were left out, or widths do not fit.
         """
         self._check_order()
         sampler = RainbowSampler(self.mean, self.loader, widths=widths, method=method, **options)
@@ -166,7 +167,7 @@ class Rainbow:
     def basis(self, layer: str, kind: str) -> Tensor:
         """Orthonormal directions of the (first) network's layer: "weight", "kernel" or "random". # (D, D)"""
         if kind not in BASES:
-            raise UserError(f"unknown basis {kind!r}: choose from {', '.join(BASES)}, or give its vectors")
+            raise RainbowError(f"unknown basis {kind!r}: choose from {', '.join(BASES)}, or give its vectors")
         chosen = self.layers[layer]
         if kind == "random":
             dtype = torch.complex128 if chosen.is_complex else torch.float64
@@ -216,10 +217,10 @@ class Rainbow:
         return found.auto(0, 0)
 
     def _check_order(self):
-        """Raises UserError where the data comes in another order each time: sampling reads it several times."""
+        """Raises RainbowError where the data comes in another order each time: sampling reads it several times."""
         first, again = (make_example(self.network, self.loader) for _ in range(2))
         if first.shape != again.shape or not torch.equal(first, again):
-            raise UserError("the data comes in another order each time it is read: sampling needs shuffle=False")
+            raise RainbowError("the data comes in another order each time it is read: sampling needs shuffle=False")
 
     @staticmethod
     def _warn(name, samples, dimension):

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rainbow.covariance import to_double
+from rainbow.errors import RainbowError
 from rainbow.layers import Layer, device_of, evaluating
-from utils.errors import UserError
+from rainbow.precision import to_double
 
 MAX_BATCH = 8192  # images side by side, all ranks together
 
@@ -38,7 +38,7 @@ def clipped_accuracies(
     alone, at least as many columns as the highest rank; ranks: the values of d; batches: (images, labels), gone through
     once. Where nothing is left to normalise (d = 0 before `N`), the scores are not numbers and class 0 is predicted.
     # {basis: (len(ranks),) float64}
-    Raises UserError where a basis or a rank does not fit the layer, or there are no images.
+    Raises RainbowError where a basis or a rank does not fit the layer, or there are no images.
     """
     device = device_of(model)
     restricted = _Restricted(layer, bases, ranks, device)
@@ -55,7 +55,7 @@ def clipped_accuracies(
                 correct += (predicted == truth).sum(1)
             total += len(labels)
     if not total:
-        raise UserError("no images to measure an accuracy on")
+        raise RainbowError("no images to measure an accuracy on")
     accuracies = (100.0 * correct.double() / total).cpu().numpy().reshape(len(bases), len(ranks))
     return dict(zip(bases, accuracies))
 
@@ -65,7 +65,7 @@ class _Restricted:
 
     def __init__(self, layer, bases, ranks, device):
         if list(ranks) != sorted(set(ranks)) or not len(ranks) or ranks[0] < 0:
-            raise UserError("ranks are different whole numbers from 0 up, in increasing order")
+            raise RainbowError("ranks are different whole numbers from 0 up, in increasing order")
         weight = to_double(layer.get())  # (N, D)
         self.layer, self.copies = layer, len(bases) * len(ranks)
         self.bases = []
@@ -90,7 +90,7 @@ class _Restricted:
 
     def _outputs(self, x, output):
         """x: the layer's input, output: its own output, both for B images. # (copies·B, ...)"""
-        channels_last = output if self.layer.kind == "linear" else output.movedim(1, -1)  # (B, ..., N)
+        channels_last = output.movedim(self.layer.channel_axis, -1)  # (B, ..., N)
         samples = self.layer.samples(x, patches=True)  # (B·M'·N', D)
         bias = getattr(self.layer.module, "bias", None)
         outputs = []
@@ -103,7 +103,7 @@ class _Restricted:
                 partial = partial + coordinates[:, start:end] @ responses[start:end].to(dtype)  # (B·M'·N', N)
                 outputs.append(partial)
         stacked = torch.stack(outputs).view(-1, *channels_last.shape[1:])  # (copies·B, ..., N)
-        return stacked if self.layer.kind == "linear" else stacked.movedim(-1, 1)
+        return stacked.movedim(-1, self.layer.channel_axis)
 
 
 def _needs_repeats(model, restricted, images):
@@ -125,9 +125,9 @@ def _full_basis(layer, name, basis, highest):
         basis = torch.kron(basis, torch.eye(step, dtype=basis.dtype, device=basis.device))  # (D, R·k²)
     if basis.ndim != 2 or basis.shape[0] != layer.dimension:
         needed = " or ".join(str(rows) for rows in sorted({layer.dimension, layer.channels}, reverse=True))
-        raise UserError(f"basis {name!r} has the shape {tuple(basis.shape)}, layer {layer.name} needs {needed} rows")
+        raise RainbowError(f"basis {name!r} has the shape {tuple(basis.shape)}, layer {layer.name} needs {needed} rows")
     if basis.shape[1] < highest * step:
-        raise UserError(f"basis {name!r} has {basis.shape[1] // step} directions, the highest rank is {highest}")
+        raise RainbowError(f"basis {name!r} has {basis.shape[1] // step} directions, the highest rank is {highest}")
     return to_double(basis), step
 
 

@@ -16,16 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from rainbow.errors import RainbowError
+from rainbow.precision import to_double
 
 NORMS = ("spectral", "frobenius", "nuclear")
-
-
-def to_double(x: Tensor) -> Tensor:
-    """x in float64 or complex128, where the device has them (Apple's GPUs have not: on the CPU)."""
-    if x.device.type == "mps":
-        x = x.cpu()
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class WeightCovariance:
     def fit(cls, weights: Tensor | Iterable[Tensor]) -> WeightCovariance:
         """Covariance of all rows of one (N, D) matrix, or of several (N_i, D), one for each aligned network.
 
-        Raises UserError where there is no row, the dimensions D differ, or a value is not finite.
+        Raises RainbowError where there is no row, the dimensions D differ, or a value is not finite.
         """
         blocks = [weights] if isinstance(weights, Tensor) else weights
         rows, num_rows = None, 0
@@ -55,7 +49,7 @@ class WeightCovariance:
             if len(rows) > 2 * rows.shape[1]:  # as many rows as are needed for the same W^H W
                 rows = torch.linalg.qr(rows, mode="r").R  # (D, D)
         if not num_rows:
-            raise UserError("the covariance of no weights is not defined: give at least one row")
+            raise RainbowError("the covariance of no weights is not defined: give at least one row")
         return cls._from_rows(rows, num_rows)
 
     @classmethod
@@ -63,7 +57,7 @@ class WeightCovariance:
         """The same from a (D, D) Hermitian matrix, such as E[φ φ^H] over num_rows samples (kernel PCA)."""
         matrix = _checked_rows(matrix, None)
         if matrix.shape[0] != matrix.shape[1]:
-            raise UserError(f"a covariance matrix is square, this one is {tuple(matrix.shape)}")
+            raise RainbowError(f"a covariance matrix is square, this one is {tuple(matrix.shape)}")
         eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mH) / 2)
         return cls(eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1), num_rows)
 
@@ -135,7 +129,7 @@ class WeightCovariance:
     def project(self, weights: Tensor, rank: int) -> Tensor:
         """W Π_d, the weights (N, D) restricted to the first d = rank directions. # (N, D)"""
         if not 0 <= rank <= self.dimension:
-            raise UserError(f"a rank lies between 0 and D = {self.dimension}, got {rank}")
+            raise RainbowError(f"a rank lies between 0 and D = {self.dimension}, got {rank}")
         coordinates = self.coordinates(weights)[:, :rank]
         if rank == self.dimension > coordinates.shape[1]:
             return _checked_rows(weights, self.dimension)
@@ -149,7 +143,7 @@ class WeightCovariance:
         """
         if reference.dimension != self.dimension:
             dimensions = f"{self.dimension} and {reference.dimension} dimensions"
-            raise UserError(f"covariances of {dimensions} cannot be compared: align the networks first")
+            raise RainbowError(f"covariances of {dimensions} cannot be compared: align the networks first")
         halves = [c.eigenvectors * c.eigenvalues.sqrt() for c in (self, reference)]
         triangle = torch.linalg.qr(torch.cat(_same_type(*halves), dim=1), mode="r").R
         signs = torch.ones(triangle.shape[1], dtype=torch.float64, device=triangle.device)
@@ -161,7 +155,7 @@ class WeightCovariance:
 def schatten(eigenvalues: Tensor, norm: str) -> Tensor:
     """Schatten norm of a Hermitian matrix of these eigenvalues: "spectral" ∞, "frobenius" 2, "nuclear" 1."""
     if norm not in NORMS:
-        raise UserError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
+        raise RainbowError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
     order = {"spectral": float("inf"), "frobenius": 2.0, "nuclear": 1.0}[norm]
     return torch.linalg.vector_norm(eigenvalues, order)
 
@@ -209,9 +203,9 @@ def _same_type(*tensors: Tensor) -> list[Tensor]:
 
 def _checked_rows(weights: Tensor, dimension: int | None) -> Tensor:
     if weights.ndim != 2 or 0 in weights.shape:
-        raise UserError(f"weights are a matrix of neurons by channels, got the shape {tuple(weights.shape)}")
+        raise RainbowError(f"weights are a matrix of neurons by channels, got the shape {tuple(weights.shape)}")
     if dimension is not None and weights.shape[1] != dimension:
-        raise UserError(f"weights of {weights.shape[1]} channels where {dimension} are due: align them first")
+        raise RainbowError(f"weights of {weights.shape[1]} channels where {dimension} are due: align them first")
     if not torch.isfinite(torch.view_as_real(weights) if weights.is_complex() else weights).all():
-        raise UserError(f"the weights of shape {tuple(weights.shape)} hold values that are not finite")
+        raise RainbowError(f"the weights of shape {tuple(weights.shape)} hold values that are not finite")
     return to_double(weights)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rainbow.covariance import to_double
+from rainbow.errors import RainbowError
 from rainbow.layers import device_of, evaluating, weight_layers
 from rainbow.moments import stream_inputs
-from utils.errors import UserError
+from rainbow.precision import to_double
 
 
 def layer_kernels(
@@ -44,14 +44,14 @@ def _gram(features, width):
 def centred_kernel_alignment(a: Tensor, b: Tensor) -> float:
     """⟨HaH, HbH⟩ / (‖HaH‖ ‖HbH‖) with H = 1 − 11ᵀ/n, for kernels (n, n): 1 for equal ones up to offset and scale.
 
-    Raises UserError where the shapes differ or a kernel is constant, which has no direction to compare.
+    Raises RainbowError where the shapes differ or a kernel is constant, which has no direction to compare.
     """
     if a.shape != b.shape or a.ndim != 2 or a.shape[0] != a.shape[1]:
-        raise UserError(f"kernels of the shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared")
+        raise RainbowError(f"kernels of the shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared")
     a, b = (_centred(to_double(kernel)) for kernel in (a, b))
     norms = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b)
     if norms == 0:
-        raise UserError("a kernel is the same for all pairs of images: there is nothing to compare")
+        raise RainbowError("a kernel is the same for all pairs of images: there is nothing to compare")
     return ((a * b).sum() / norms).item()
 
 
@@ -95,7 +95,7 @@ def kernel_convergence(
     layers: names; default all but the first, whose input no weight has touched.
     """
     if repeats < 2:
-        raise UserError(f"{repeats} sampled network cannot tell how far kernels spread: give at least 2")
+        raise RainbowError(f"{repeats} sampled network cannot tell how far kernels spread: give at least 2")
     names = list(layers) if layers is not None else [layer.name for layer in weight_layers(trained, images)[1:]]
     target, scalings = layer_kernels(trained, images, names), tuple(scalings)
     spreads, distances = [], []

@@ -1,6 +1,6 @@
 """Second moments of activations: any layers of any number of networks, in one streamed pass over the data.
 
-φ_{j-1} is the input of weight layer j (`utils/layers.py`); every position of every image is a sample of it. Moments are
+φ_{j-1} is the input of weight layer j (`rainbow.layers`); every position of every image is a sample of it. Moments are
 uncentred, E[φ_a φ_b^H] of shape (D_a, D_b): products of single-precision batches, added up in double precision. A
 network runs no further than the last layer wanted.
 """
@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.fast import from_planar, to_planar
-from models.scatnet import ScatNet
+from rainbow.errors import RainbowError
 from rainbow.layers import (
+    ConvLayer,
     Layer,
     check_finite,
     device_of,
@@ -31,18 +28,9 @@ from rainbow.layers import (
     make_example,
     weight_layers,
 )
-from rainbow.samples import (
-    ROWS_AT_ONCE,
-    ChannelSums,
-    ProductSum,
-    Samples,
-    Workspace,
-    accumulation_device,
-    affine_of,
-    normalized_product,
-)
-from utils.errors import UserError
-from utils.files import atomic_write
+from rainbow.norms import Affine, Norm, normalized_product
+from rainbow.registry import Architecture
+from rainbow.samples import ROWS_AT_ONCE, ChannelSums, ProductSum, Samples, Workspace
 
 JOINED_BYTES = 16 << 20  # measured: of all inputs of a network's layers, for which a batch is large enough
 
@@ -100,7 +88,7 @@ class Moments:
     def _get(self, kind, networks, layer):
         key = self._key(kind, networks, layer)
         if key not in self.arrays:
-            raise UserError(f"the {kind} moments of networks {networks} were not asked for when the data was read")
+            raise RainbowError(f"the {kind} moments of networks {networks} were not asked for when the data was read")
         return self.arrays[key]
 
 
@@ -114,8 +102,6 @@ def moments(
     patches: bool = False,
     means: bool = True,
     device: torch.device | None = None,
-    cache: Path | None = None,
-    data_key: str | None = None,
 ) -> Moments:
     """Second moments of the layers' inputs of several networks over the same data, in one pass.
 
@@ -126,10 +112,7 @@ def moments(
     W_j meets, instead of its C channels (for convolutions, and linear layers on flattened maps). means: also means and
     variances of the channels. device: where to compute; the networks are moved there (default: where the first is).
 
-    cache: a folder for the result, under a key made of the weights, the data, the layers and the options, so that a
-    stale one is never used; data_key: a name for the data, unique; without it the images themselves are hashed.
-
-    Raises UserError for layers that are not there, weights or activations that are not finite, no data, or networks
+    Raises RainbowError for layers that are not there, weights or activations that are not finite, no data, or networks
     that have different numbers of samples at a layer.
     """
     networks = list(networks)
@@ -137,15 +120,11 @@ def moments(
     pairs = _pairs(cross, len(networks))
     for each in chosen:
         check_finite(each)
-    if cache is None:
-        return _stream(networks, chosen, loader, auto, pairs, patches, means, device)
-    options = repr((auto, pairs, patches, means, [[layer.name for layer in each] for each in chosen]))
-    key = digest(networks, data_key if data_key is not None else data_digest(loader), options)
-    path = Path(cache) / f"moments-{key[:24]}.npz"
-    known = _read(path, key, chosen, device)
-    if known is not None:
-        return known
-    return _write(path, key, _stream(networks, chosen, loader, auto, pairs, patches, means, device))
+    stream = _Stream(networks, chosen, auto, pairs, patches, means)
+    with evaluating(*networks):
+        for images in _joined(loader, device, stream):
+            stream.add(images)
+    return stream.finish()
 
 
 def stream_inputs(
@@ -153,7 +132,7 @@ def stream_inputs(
 ) -> None:
     """Runs the network until the input of every layer has been given to `receive(k, input)`, and no further.
 
-    Raises UserError if the forward pass ends before a layer was called.
+    Raises RainbowError if the forward pass ends before a layer was called.
     """
     waiting = dict.fromkeys(range(len(layers)))
 
@@ -176,14 +155,14 @@ def stream_inputs(
         for handle in handles:
             handle.remove()
     if waiting:
-        raise UserError(f"layer {layers[next(iter(waiting))].name} was not called in the forward pass")
+        raise RainbowError(f"layer {layers[next(iter(waiting))].name} was not called in the forward pass")
 
 
 @dataclass(frozen=True, eq=False)
 class Patches:
     """Samples that a convolution meets in its padded input, k² times as many numbers as that has: made in pieces."""
 
-    layer: Layer
+    layer: ConvLayer
     padded: Tensor
     workspace: Workspace
 
@@ -197,13 +176,13 @@ class Patches:
 
     def clone(self) -> Samples:
         """All of them, in memory of their own."""
-        return Samples(torch.cat([piece.real.clone() for piece in self.pieces()]), real_order=self.layer.patch_order)
+        return Samples(torch.cat([piece.real.clone() for piece in self.pieces()]), real_order=self.layer.patch_order())
 
     def pieces(self) -> Iterator[Samples]:
         """Some images' at a time, about ROWS_AT_ONCE samples; the next piece overwrites the one before."""
         for part in self._windows.split(max(1, ROWS_AT_ONCE * len(self.padded) // len(self))):
             columns = self.workspace.take("patches", part.shape, part).copy_(part)
-            yield Samples(columns.view(-1, self.layer.dimension), real_order=self.layer.patch_order)
+            yield Samples(columns.view(-1, self.layer.dimension), real_order=self.layer.patch_order())
 
     @property
     def _windows(self):
@@ -215,44 +194,25 @@ def stream_samples(
     layers: Sequence[Layer],
     images: Tensor,
     patches: bool,
-    receive: Callable[[int, Samples | Patches, nn.Module | None, bool], None],
+    receive: Callable[[int, Samples | Patches, Norm | None, bool], None],
     workspace: Workspace | None = None,
 ) -> None:
     """The same as `receive(k, samples, norm, shared)`: samples of the input of layer k, or of that of the normalisation
     that leads to it, which stands for the layer's; `shared`: they lie in memory that may change.
 
-    Blocks that run as one operation give their own columns, without a copy.
+    A registered architecture may give its own, without a copy.
     """
-    if isinstance(network, ScatNet) and all(block.runs_fused(images.dtype) for block in network.blocks):
-        return _stream_blocks(network, layers, images, patches, receive)
+    if Architecture.find(network)(network).stream(layers, images, receive):
+        return
     workspace = workspace or Workspace()
 
     def of_input(k, x):
-        if patches and layers[k].kind == "conv":
+        if patches and isinstance(layers[k], ConvLayer):
             return receive(k, Patches(layers[k], layers[k].padded(x), workspace), None, True)
         rows = layers[k].samples(x, patches)
         return receive(k, Samples.of(rows), None, rows.data_ptr() == x.data_ptr())
 
-    return stream_inputs(network, layers, images, of_input)
-
-
-def _stream_blocks(network, layers, images, patches, receive):
-    waiting = {layer.module: k for k, layer in enumerate(layers)}
-    x = to_planar(network.mix(images))
-    for block in network.blocks:
-        if block.P not in waiting:
-            x = block.forward_planar(x)
-            continue
-        columns = block.columns_of(x)
-        (real, real_order), (imaginary, imaginary_order) = block.parts_of(columns)
-        receive(waiting.pop(block.P), Samples(real, imaginary, real_order, imaginary_order), block.std, False)
-        if not waiting:
-            return
-        x = block.forward_from(columns, x)
-    ((module, k),) = waiting.items()
-    x = input_of(module, lambda: network.classifier(from_planar(x, 2 if network.blocks[-1].out.complex else 1)))
-    rows = layers[k].samples(x, patches)
-    receive(k, Samples.of(rows), None, True)
+    stream_inputs(network, layers, images, of_input)
 
 
 def input_of(module: nn.Module, call: Callable[[], object]) -> Tensor:
@@ -286,23 +246,9 @@ def digest(networks: Sequence[nn.Module], *texts: str) -> str:
         key.update(repr(network).encode())
         for name, tensor in network.state_dict().items():
             key.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            _update(key, tensor)
+            tensor = tensor.detach().cpu().contiguous().resolve_conj()
+            key.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
     return key.hexdigest()
-
-
-def data_digest(loader: Iterable) -> str:
-    """A hexadecimal key of all images that a loader yields, in order."""
-    key = hashlib.blake2b(digest_size=32)
-    for batch in loader:
-        images = first_images(batch)
-        key.update(f"{tuple(images.shape[1:])}{images.dtype}".encode())
-        _update(key, images)
-    return key.hexdigest()
-
-
-def _update(key, tensor):
-    tensor = tensor.detach().cpu().contiguous().resolve_conj()
-    key.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
 
 
 def resolve_layers(
@@ -316,18 +262,18 @@ def resolve_layers(
     for network in networks:
         network.to(device)
     if isinstance(loader, Iterator):
-        raise UserError("the data can be read only once: give a loader or a list of batches, not an iterator")
+        raise RainbowError("the data can be read only once: give a loader or a list of batches, not an iterator")
     first = next(iter(loader), None)
     if first is None:
-        raise UserError("the data is empty: there is nothing to take moments of")
+        raise RainbowError("the data is empty: there is nothing to take moments of")
     example = make_example(networks[0], first_images(first))
     names = _names_for_each(layers, len(networks))
     chosen = [weight_layers(network, example, each) for network, each in zip(networks, names)]
     numbers = [len(each) for each in chosen]
     if not numbers[0]:
-        raise UserError("no layer is asked for: name at least one")
+        raise RainbowError("no layer is asked for: name at least one")
     if len(set(numbers)) > 1:
-        raise UserError(
+        raise RainbowError(
             f"the networks have different numbers of layers ({', '.join(map(str, numbers))}): name those to compare"
         )
     for each in chosen:
@@ -341,7 +287,7 @@ def _names_for_each(layers, count):
     layers = list(layers)
     nested = bool(layers) and isinstance(layers[0], (list, tuple))
     if nested and len(layers) != count:
-        raise UserError(f"layers are given for {len(layers)} networks, but there are {count}")
+        raise RainbowError(f"layers are given for {len(layers)} networks, but there are {count}")
     each = layers if nested else [layers] * count
     return [[getattr(layer, "name", layer) for layer in names] for names in each]
 
@@ -352,7 +298,7 @@ def _pairs(cross, count):
     pairs = [tuple(pair) for pair in cross]
     for pair in pairs:
         if not all(0 <= network < count for network in pair):
-            raise UserError(f"there is no pair {pair} among {count} networks, which count from 0")
+            raise RainbowError(f"there is no pair {pair} among {count} networks, which count from 0")
     return pairs
 
 
@@ -403,7 +349,7 @@ class _Stream:
             a, b = self.held[pair[0], k], self.held[pair[1], k]
             if len(a) != len(b):
                 names = [self.layers[n][k].name for n in pair]
-                raise UserError(
+                raise RainbowError(
                     f"networks {pair[0]} and {pair[1]} have {len(a)} and {len(b)} samples of the same "
                     f"images at their layers {names[0]} and {names[1]}: their feature maps differ in size"
                 )
@@ -419,7 +365,7 @@ class _Stream:
             result.arrays[f"cross_{i}_{j}_{k}"] = self._normalized(total, i, j, k)
         if self.means:
             for (i, k), sums in self.channels.items():
-                mean, scale, shift = affine_of(self.norms[i, k])
+                mean, scale, shift = self._map(i, k)
                 result.arrays[f"mean_{i}_{k}"] = (sums.mean - mean) * scale + shift
                 result.arrays[f"var_{i}_{k}"] = sums.var * scale**2
         self._check_finite(result)
@@ -427,10 +373,14 @@ class _Stream:
 
     def _normalized(self, total, i, j, k):
         K = total.total().div_(self.counts[i, k])
-        norms = self.norms[i, k], self.norms[j, k]
-        if norms == (None, None):
+        if self.norms[i, k] is self.norms[j, k] is None:
             return K
-        return normalized_product(K, self.channels[i, k].mean, norms[0], self.channels[j, k].mean, norms[1])
+        (mean_a, map_a), (mean_b, map_b) = ((self.channels[n, k].mean, self._map(n, k)) for n in (i, j))
+        return normalized_product(K, mean_a, map_a, mean_b, map_b)
+
+    def _map(self, i, k):
+        """What the normalisation does that leads to a layer, if samples are of its input."""
+        return Affine() if self.norms[i, k] is None else self.norms[i, k].affine()
 
     def _check_finite(self, result):
         for i, layers in enumerate(self.layers):
@@ -439,15 +389,7 @@ class _Stream:
                 for array in [result.arrays[key] for key in keys if key in result.arrays]:
                     largest = array.diagonal() if array.ndim == 2 else array
                     if not torch.isfinite(largest).all():
-                        raise UserError(f"activations at layer {layer.name} are not finite (NaN or infinite)")
-
-
-def _stream(networks, layers, loader, auto, pairs, patches, means, device):
-    stream = _Stream(networks, layers, auto, pairs, patches, means)
-    with evaluating(*networks):
-        for images in _joined(loader, device, stream):
-            stream.add(images)
-    return stream.finish()
+                        raise RainbowError(f"activations at layer {layer.name} are not finite (NaN or infinite)")
 
 
 def _joined(loader, device, stream):
@@ -468,25 +410,3 @@ def _joined(loader, device, stream):
 
 def _cat(batches):
     return batches[0] if len(batches) == 1 else torch.cat(batches)
-
-
-def _write(path, key, result):
-    """Saves moments as numpy arrays, atomically; returns them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: array.cpu().resolve_conj().numpy() for name, array in result.arrays.items()}
-    atomic_write(path, lambda file: np.savez(file, key=np.array(key), **arrays))
-    return result
-
-
-def _read(path, key, layers, device):
-    """Moments saved under the key; None where there are none, or a damaged file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
-    if str(arrays.pop("key", "")) != key:
-        return None
-    result = Moments(layers)
-    result.arrays = {name: torch.from_numpy(array).to(accumulation_device(device)) for name, array in arrays.items()}
-    return result

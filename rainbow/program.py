@@ -1,6 +1,6 @@
 """A network as a list of steps with named values, so that it can be continued from the middle.
 
-The steps of a scattering network are its blocks; those of any other network that `torch.fx` can trace are its
+The steps of a registered architecture are its own; those of any other network that `torch.fx` can trace are its
 operations; what cannot be traced is one step. A step may hold weight layers and normalisations inside: their inputs are
 then read by hooks.
 """
@@ -14,13 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from models.block import Block
-from models.classifier import Classifier
-from models.fast import from_planar, to_planar
-from models.scatnet import ScatNet
-from models.standardization import Standardization
 from rainbow.layers import Layer, evaluating
 from rainbow.moments import input_of
+from rainbow.norms import Norm
+from rainbow.registry import Architecture
 from rainbow.samples import Samples
 
 INPUT = "x"
@@ -30,7 +27,6 @@ IN_PLACE = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
-NORMS = (nn.modules.batchnorm._BatchNorm, Standardization)
 
 
 def channel_samples(x: Tensor, layer: Layer | None = None) -> Tensor:
@@ -68,37 +64,13 @@ class Step:
         """The input of a module that runs in this step."""
         return env[self.inputs[0]] if self.holder is module else input_of(module, lambda: self.call(env))
 
+    def norm_of(self, layer: nn.Module) -> nn.Module | None:
+        """The normalisation in this step whose output is the input of a layer in this step."""
+        return None
+
     def samples_of(self, module: nn.Module, env: dict, layer: Layer | None) -> Samples:
         """The same as samples of channels."""
         return Samples.of(channel_samples(self.input_of(module, env), layer))
-
-
-class BlockStep(Step):
-    """A block of a scattering network; `planar`: it runs as one operation, on maps with channels last."""
-
-    def __init__(self, name: str, source: str, block: Block, planar: bool):
-        call = (lambda env: block.forward_planar(env[source])) if planar else (lambda env: block(env[source]))
-        super().__init__(name, (source,), call, block)
-        self.planar = planar
-
-    def resumes(self, module):
-        return module is self.holder.P
-
-    def resume(self, module, value, env):
-        out = self.holder.project(value)
-        return to_planar(out) if self.planar else out
-
-    def input_of(self, module, env):
-        x = env[self.inputs[0]]
-        x = from_planar(x, 2 if self.holder.signal.complex else 1) if self.planar else x
-        return self.holder.features(x) if module is self.holder.P else input_of(module, lambda: self.holder(x))
-
-    def samples_of(self, module, env, layer):
-        if not self.planar or module is not (self.holder.std or self.holder.P):
-            return super().samples_of(module, env, layer)
-        columns = self.holder.columns_of(env[self.inputs[0]])
-        (real, real_order), (imaginary, imaginary_order) = self.holder.parts_of(columns)
-        return Samples(real, imaginary, real_order, imaginary_order)
 
 
 class Program:
@@ -110,8 +82,9 @@ class Program:
     def __init__(self, network: nn.Module, example: Tensor):
         """example: (B, ...) images, to see that the steps do what the network does, and how large their values are."""
         self.network = network
+        steps = Architecture.find(network)(network).steps(example) or _traced_steps(network)
         with evaluating(network):
-            self.steps = self._checked(_steps(network, example), example) or [_whole(network)]
+            self.steps = self._checked(steps, example) or [_whole(network)]
             self._lifetimes = _lifetimes(self.steps)
             self._measure(example)
 
@@ -137,11 +110,8 @@ class Program:
     def leads_to(self, norm: nn.Module, layer: nn.Module) -> bool:
         """Whether a layer's input is a normalisation's output, position for position."""
         step = self.step_of(layer)
-        if isinstance(step.holder, Block):
-            stages = list(step.holder.body)
-            return any(pair == (norm, layer) for pair in zip(stages, stages[1:]))
-        if isinstance(step.holder, Classifier):
-            return norm is step.holder.bn and not step.holder.average
+        if step.norm_of(layer) is norm:
+            return True
         before = self.step_of(norm)
         return before.holder is norm and step.holder is layer and step.inputs[0] == before.name
 
@@ -207,39 +177,12 @@ def _whole(network):
     return Step("output", (INPUT,), lambda env: network(env[INPUT]), network)
 
 
-def _steps(network, example):
-    if isinstance(network, ScatNet):
-        return list(_scattering_steps(network, example.dtype))
-    return _traced_steps(network)
-
-
-def _scattering_steps(network, dtype):
-    """Input mixing, blocks, classifier; maps between blocks that run as one operation have channels last."""
-    planar = all(block.runs_fused(dtype) for block in network.blocks)
-    out = network.blocks[-1].out
-
-    def mix(env):
-        mixed = network.mix(env[INPUT])
-        return to_planar(mixed) if planar else mixed
-
-    def classify(env):
-        x = env[source]
-        return network.classifier(from_planar(x, 2 if out.complex else 1) if planar else x)
-
-    source = "mixed"
-    yield Step(source, (INPUT,), mix)
-    for index, block in enumerate(network.blocks):
-        yield BlockStep(f"block{index}", source, block, planar)
-        source = f"block{index}"
-    yield Step("scores", (source,), classify, network.classifier)
-
-
 class _Tracer(fx.Tracer):
     """Goes into modules that hold linear layers or convolutions; the others are single steps."""
 
     def is_leaf_module(self, module, name):
         inner = [m for m in module.modules() if m is not module]
-        return not any(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd, *NORMS)) for m in inner)
+        return not any(Layer.find(m) or Norm.find(m) for m in inner)
 
 
 def _traced_steps(network):

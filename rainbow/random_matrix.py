@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
-from utils.errors import UserError
+from rainbow.errors import RainbowError
 
 
 def bulk_edges(q: float) -> tuple[float, float]:
     """q± = (1 ± √q)², the ends of the Marchenko–Pastur bulk, as (q₋, q₊)."""
     if not (np.isfinite(q) and q > 0):
-        raise UserError(f"the ratio q = D / N of dimensions to rows is positive, got {q}")
+        raise RainbowError(f"the ratio q = D / N of dimensions to rows is positive, got {q}")
     return (1 - np.sqrt(q)) ** 2, (1 + np.sqrt(q)) ** 2
 
 
@@ -30,20 +29,6 @@ def marchenko_pastur_density(x: ArrayLike, q: float) -> np.ndarray:
     inside = (x > low) & (x < high)
     safe = np.where(inside, x, 1.0)
     return np.where(inside, np.sqrt(np.abs((high - safe) * (safe - low))) / (2 * np.pi * q * safe), 0.0)
-
-
-def marchenko_pastur_cdf(x: ArrayLike, q: float) -> np.ndarray:
-    """P(eigenvalue ≤ x), with the atom at 0 for q > 1. Same shape as x.
-
-    With x = 1 + q − 2√q cos θ the bulk's density becomes 2 sin²θ / (π x), which integrates in closed form.
-    """
-    bulk_edges(q)
-    x = np.asarray(x, dtype=np.float64)
-    b = 2 * np.sqrt(q)
-    theta = np.arccos(np.clip((1 + q - x) / b, -1, 1))
-    angle = np.arctan2((1 + np.sqrt(q)) * np.sin(theta / 2), abs(1 - np.sqrt(q)) * np.cos(theta / 2))
-    bulk = 2 / np.pi * (np.sin(theta) / b + (1 + q) * theta / b**2 - 2 * abs(1 - q) * angle / b**2)
-    return np.where(x < 0, 0.0, bulk + max(0.0, 1 - 1 / q))
 
 
 @dataclass(frozen=True)
@@ -70,14 +55,14 @@ def bulk_test(eigenvalues: ArrayLike, num_rows: int, dimension: int) -> BulkTest
     """Normalise the eigenvalues of the covariance of num_rows weights of `dimension` channels and count those
     outside the Marchenko–Pastur bulk, among the first min(N, D): the others are zero whatever the weights.
 
-    Raises UserError where there are fewer than min(N, D) eigenvalues or they are all zero.
+    Raises RainbowError where there are fewer than min(N, D) eigenvalues or they are all zero.
     """
     rank = min(num_rows, dimension)
     values = np.sort(np.asarray(eigenvalues, dtype=np.float64))[::-1][:rank]
     if len(values) < rank:
-        raise UserError(f"{num_rows} rows of {dimension} channels have {rank} eigenvalues, got {len(values)}")
+        raise RainbowError(f"{num_rows} rows of {dimension} channels have {rank} eigenvalues, got {len(values)}")
     if not values.sum() > 0:
-        raise UserError("all eigenvalues are zero: there is no spectrum to compare")
+        raise RainbowError("all eigenvalues are zero: there is no spectrum to compare")
     values = values * dimension / values.sum()
     q = dimension / num_rows
     low, high = bulk_edges(q)
@@ -87,8 +72,10 @@ def bulk_test(eigenvalues: ArrayLike, num_rows: int, dimension: int) -> BulkTest
 def normality_p_value(samples: ArrayLike) -> float:
     """Exact two-sided Kolmogorov–Smirnov p-value of samples against N(0, 1); complex ones through their real
     and imaginary parts times √2."""
+    from scipy.stats import kstest  # a second to import
+
     values = real_samples(samples)
-    return float(stats.kstest(values, "norm", alternative="two-sided", method="exact").pvalue)
+    return float(kstest(values, "norm", alternative="two-sided", method="exact").pvalue)
 
 
 def real_samples(samples: ArrayLike) -> np.ndarray:
@@ -97,7 +84,7 @@ def real_samples(samples: ArrayLike) -> np.ndarray:
     if np.iscomplexobj(values):
         values = np.sqrt(2) * np.concatenate([values.real, values.imag])
     if len(values) == 0 or not np.isfinite(values).all():
-        raise UserError("a test of normality needs finite samples, at least one")
+        raise RainbowError("a test of normality needs finite samples, at least one")
     return values.astype(np.float64)
 
 
@@ -121,15 +108,15 @@ class Decay:
 def fit_decay(eigenvalues: ArrayLike, kind: str, first: int | None = None, start: int = 1) -> Decay:
     """Least squares on log λ_r over the ranks start..first (default: all), counted from 1, zeros left out.
 
-    Raises UserError for an unknown kind or fewer than two positive eigenvalues.
+    Raises RainbowError for an unknown kind or fewer than two positive eigenvalues.
     """
     if kind not in ("exponential", "power"):
-        raise UserError(f"unknown decay {kind!r}: choose exponential or power")
+        raise RainbowError(f"unknown decay {kind!r}: choose exponential or power")
     values = np.asarray(eigenvalues, dtype=np.float64)[start - 1 : first]
     ranks = np.arange(start, start + len(values))[values > 0]
     values = values[values > 0]
     if len(values) < 2:
-        raise UserError("a decay needs at least two positive eigenvalues")
+        raise RainbowError("a decay needs at least two positive eigenvalues")
     abscissa, ordinate = _abscissa(kind, ranks), np.log(values)
     slope, intercept = np.polyfit(abscissa, ordinate, 1)
     spread = np.sum((ordinate - ordinate.mean()) ** 2)

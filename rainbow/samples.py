@@ -11,24 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.standardization import EPSILON, Standardization
+from rainbow.precision import accumulation_device, to_double
 
 ROWS_AT_ONCE = 8192  # samples summed in single precision, or more where that are few numbers
 NUMBERS_AT_ONCE = 1 << 18
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a channel that varies less, relative to its mean, is constant
 SMALL_MATRIX = 256  # channels below which half a symmetric product saves nothing
-
-
-def accumulation_device(device: torch.device) -> torch.device:
-    """Where double precision lives: the device itself, or the CPU where it has none (Apple's GPUs)."""
-    return torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
-
-
-def _double(x):
-    dtype = torch.complex128 if x.is_complex() else torch.float64
-    return x.to(accumulation_device(x.device)).to(dtype)
 
 
 def triangle(size: int, start: int = 0) -> Iterator[tuple[slice, slice]]:
@@ -234,50 +224,10 @@ class ChannelSums:
 def _sum_and_squares(x, power):
     """Σ x and Σ x² (`power`, if known) of every channel of real samples (n, D), in double precision, such that the
     variance keeps its digits: where Σ (x - mean)² is a small part of Σ x², it is summed, and the mean's part added."""
-    total = _double(x.sum(0))
-    power = _double(x.square().sum(0)) if power is None else power
+    total = to_double(x.sum(0))
+    power = to_double(x.square().sum(0)) if power is None else power
     mean = total / len(x)
     of_mean = total * mean
     if (of_mean > 0.99 * power).any():
-        power = _double((x - mean.to(x)).square_().sum(0)) + of_mean
+        power = to_double((x - mean.to(x)).square_().sum(0)) + of_mean
     return total, power
-
-
-def affine_of(norm: nn.Module | None) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-    """Mean m, scale s and shift t of a normalisation x -> (x - m) s + t in evaluation, (D,) in double precision.
-
-    (0, 1, 0) without one.
-    """
-    if norm is None:
-        return 0.0, 1.0, 0.0
-    if isinstance(norm, Standardization):
-        mean, var, epsilon, gain, shift = norm.mean, norm.var, EPSILON, None, None
-    else:
-        mean, var, epsilon, gain, shift = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    mean, scale = _double(mean), (_double(var) + epsilon).rsqrt()
-    if gain is not None:
-        scale = scale * _double(gain)
-    return mean, scale, 0.0 if shift is None else _double(shift)
-
-
-def normalized_product(
-    K: Tensor, mean_a: Tensor, norm_a: nn.Module | None, mean_b: Tensor, norm_b: nn.Module | None
-) -> Tensor:
-    """E[φ_a φ_b^H] after normalisations φ = (f - m) s + t, from K = E[f_a f_b^H] (its real part, or all) and E[f]."""
-    (m_a, s_a, t_a), (m_b, s_b, t_b) = affine_of(norm_a), affine_of(norm_b)
-    zero_a, zero_b = torch.zeros_like(mean_a), torch.zeros_like(mean_b)
-    m_a, m_b = zero_a + m_a, zero_b + m_b  # (D_a,), (D_b,)
-    centred = K - _as(K, torch.outer(m_a, mean_b.conj()) + torch.outer(mean_a - m_a, m_b.conj()))
-    t_a, t_b = zero_a.real + t_a, zero_b.real + t_b
-    scaled = (centred * (zero_a.real + s_a)[:, None]) * s_b
-    mean_a, mean_b = (mean_a - m_a) * s_a, (mean_b - m_b) * s_b
-    shifts = _outer(mean_a + t_a, t_b) + _outer(t_a, mean_b.conj())
-    return scaled + _as(K, shifts)
-
-
-def _outer(a, b):
-    return torch.outer(a, b.to(torch.promote_types(a.dtype, b.dtype)))
-
-
-def _as(K, correction):
-    return correction if K.is_complex() else correction.real

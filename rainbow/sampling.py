@@ -26,14 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.standardization import Standardization
 from rainbow.alignment import MeanNetwork, align, transport
 from rainbow.covariance import WeightCovariance
+from rainbow.errors import RainbowError
 from rainbow.layers import device_of, evaluating, first_images, inspect, make_example, weight_layers
-from rainbow.program import INPUT, NORMS, Program, channel_samples
-from rainbow.samples import ChannelSums, ProductSum, Samples, accumulation_device, normalized_product
+from rainbow.norms import Norm, normalized_product
+from rainbow.precision import accumulation_device
+from rainbow.program import INPUT, Program, channel_samples
+from rainbow.samples import ChannelSums, ProductSum, Samples
 from rainbow.widths import call_order, checked_widths, neuron_parameters, resize
-from utils.errors import UserError
 
 METHODS = ("gaussian", "orthogonal", "white")
 MOST_MEMORY = 8 << 30  # bytes of activations kept on a CPU unless told otherwise
@@ -100,13 +101,13 @@ class RainbowSampler:
         that may be kept (default: a part of what is free). progress: wraps each pass over the data, an iterable that
         comes with a text.
 
-        Raises UserError for what cannot be sampled: a layer whose weights the analysis cannot treat, widths that do not
-        fit, an unknown method.
+        Raises RainbowError for what cannot be sampled: a layer whose weights the analysis cannot treat, widths that do
+        not fit, an unknown method.
         """
         if method not in METHODS:
-            raise UserError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
+            raise RainbowError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
         if align_on_test and test is None:
-            raise UserError("alignment on the test set needs a test set")
+            raise RainbowError("alignment on the test set needs a test set")
         self.reference, self.loader, self.test = reference, loader, test
         self.method, self.align_on_test, self.memory = method, align_on_test, memory
         self.progress = progress or (lambda batches, text: batches)
@@ -143,21 +144,13 @@ class RainbowSampler:
         called = [name for name, _ in self.calls]
         first = called.index(self.layers[0].name)
         analysed = {layer.name for layer in self.layers}
-        for name, reason in inspect(self.trained, self.example).skipped.items():
+        for name, skipped in inspect(self.trained, self.example).skipped.items():
             owner = name if name in called else name.rpartition(".")[0]
-            if owner in called and called.index(owner) > first and reason != "a fixed identity":
-                raise UserError(f"{name} cannot be sampled: {reason}")
+            if owner in called and called.index(owner) > first and not skipped.harmless:
+                raise RainbowError(f"{name} cannot be sampled: {skipped.reason}")
         left_out = [layer.name for layer in weight_layers(self.trained, self.example) if layer.name not in analysed]
         if left_out:
-            raise UserError(f"all weight layers must be sampled together, but {left_out[0]} is left out")
-
-
-def sample_network(
-    networks: nn.Module | Sequence[nn.Module], loader: Iterable, seed: int = 0, **options
-) -> RainbowSample:
-    """A rainbow network of a trained network, or of several through their mean network; options of `RainbowSampler`."""
-    networks = [networks] if isinstance(networks, nn.Module) else networks
-    return RainbowSampler(MeanNetwork.fit(networks, loader), loader, **options).sample(seed)
+            raise RainbowError(f"all weight layers must be sampled together, but {left_out[0]} is left out")
 
 
 class Activations:
@@ -209,7 +202,7 @@ def _count_images(loader):
         return len(data)
     first = next(iter(loader), None)
     if first is None:
-        raise UserError("the data is empty: there is nothing to align on")
+        raise RainbowError("the data is empty: there is nothing to align on")
     if hasattr(loader, "__len__"):
         return len(loader) * len(first_images(first))
     return sum(len(first_images(batch)) for batch in loader)
@@ -254,7 +247,7 @@ class _Construction:
                 k = position[module]
                 self._set_layer(k, owned[k])
                 started = True
-            elif started and isinstance(module, NORMS) and not self._leads_to_layer(index):
+            elif started and Norm.find(module) and not self._leads_to_layer(index):
                 self._calibrate(module)
         self.result.alignments = [self.alignments[self._key(layer)] for layer in self.layers]
         if self.sampler.test is not None:
@@ -279,7 +272,7 @@ class _Construction:
         steps = [step.name for step in self.program.steps]
         for program in self.originals:
             if [step.name for step in program.steps] != steps:
-                raise UserError("the networks of a set must have the same architecture to be sampled from")
+                raise RainbowError("the networks of a set must have the same architecture to be sampled from")
 
     def _touched(self):
         """The names of the values that depend on a sampled layer."""
@@ -313,8 +306,8 @@ class _Construction:
         """The normalisation that leads to layer k, and is not set yet; None if there is none."""
         modules = [module for _, module in self.calls]
         index = modules.index(self.layers[k].module) - 1
-        found = index >= 0 and isinstance(modules[index], NORMS) and self._leads_to_layer(index)
-        return modules[index] if found and _has_statistics(modules[index]) else None
+        found = index >= 0 and Norm.find(modules[index]) and self._leads_to_layer(index)
+        return modules[index] if found and Norm.of(modules[index]).statistics else None
 
     # ---- the steps of the construction
 
@@ -349,12 +342,12 @@ class _Construction:
     def _calibrate(self, norm):
         """Gives a normalisation the mean and variance of its input over the training set."""
         step, position = self.program.step_of(norm), self.program.place(norm)
-        if self._is_a_value(norm) and step.inputs[0] not in self.touched or not _has_statistics(norm):
+        if self._is_a_value(norm) and step.inputs[0] not in self.touched or Norm.of(norm).statistics is None:
             return
         sums = ChannelSums()
         for envs, _ in self.statistics.at(position, "statistics", all_networks=False):
             sums.add(step.samples_of(norm, envs[-1], None))
-        _set_statistics(norm, sums)
+        Norm.of(norm).set(sums.mean, sums.var, sums.count)
 
     def _align(self, k):
         """Aligns a layer's input, and where accuracies are asked for what goes past it: one pass over the data."""
@@ -421,7 +414,7 @@ def _accuracy(layer, batches):
     right, total = torch.zeros(2, dtype=torch.int64), 0
     for scores, labels in batches:
         if labels is None:
-            raise UserError("accuracies need a test set of (images, labels)")
+            raise RainbowError("accuracies need a test set of (images, labels)")
         best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(scores.device)[:, None]
         right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
         total += len(labels)
@@ -471,11 +464,11 @@ class _CrossCovariance:
                 stacklevel=2,
             )
         if self.norm is not None:
-            _set_statistics(self.norm, self.sums[-1])
+            own, sums = Norm.of(self.norm), self.sums[-1]
+            own.set(sums.mean, sums.var, sums.count)
             for index, (program, layer) in enumerate(self.originals):
-                K[index] = normalized_product(
-                    K[index], self.sums[index].mean, self._counterpart(program, layer), self.sums[-1].mean, self.norm
-                )
+                theirs = Norm.of(self._counterpart(program, layer)).affine()
+                K[index] = normalized_product(K[index], self.sums[index].mean, theirs, sums.mean, own.affine())
         alignments = [each[self.k].to(K[0].device) for each in self.construction.reference.alignments]
         return sum(
             A.mH.to(torch.promote_types(A.dtype, each.dtype)) @ each.to(torch.promote_types(A.dtype, each.dtype))
@@ -492,20 +485,3 @@ class _CrossCovariance:
 
 def _seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def _has_statistics(norm):
-    return isinstance(norm, Standardization) or norm.running_mean is not None
-
-
-def _set_statistics(norm, sums):
-    """Puts the mean and the unbiased variance into a normalisation's buffers."""
-    mean, var = sums.mean, sums.var
-    if isinstance(norm, Standardization):
-        if norm.homogeneous:
-            mean, var = torch.zeros_like(mean), var + mean.abs().square()
-        buffers = norm.mean, norm.var
-    else:
-        buffers = norm.running_mean, norm.running_var
-    buffers[0].copy_(mean)
-    buffers[1].copy_(var * (sums.count / max(sums.count - 1, 1)))

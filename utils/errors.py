@@ -39,13 +39,13 @@ class StoppedError(RunError):
 
 
 @contextlib.contextmanager
-def as_user_error(where=""):
-    """Turns a `ValueError` with a message for the user (what `models/` raises) into a `UserError`."""
+def as_user_error(where="", kind=ValueError):
+    """Turns an error with a message for the user, such as the `ValueError` of `models/`, into a `UserError`."""
     try:
         yield
     except RunError:
         raise
-    except ValueError as error:
+    except kind as error:
         raise UserError(f"{where}{error}") from error
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from models.block import BlockConfig
+from models.rainbow_layers import ProjectionLayer
 from models.scatnet import ScatNet, ScatNetConfig
 from models.signal import Signal
 from rainbow.alignment import Alignment, MeanNetwork, align, alignment_error, transport
+from rainbow.errors import RainbowError
 from rainbow.layers import weight_layers
 from rainbow.moments import moments
-from utils.errors import UserError
 
 
 def batches(shape=(12,), count=4, size=64, seed=0):
@@ -62,7 +63,7 @@ def input_rotation(Q, layer):
     inverse = Q.mH.contiguous()
     if layer.channels == len(Q):
         return inverse
-    if layer.kind == "projection":
+    if isinstance(layer, ProjectionLayer):
         angles = layer.channels // len(Q) - 1
         return torch.block_diag(inverse, torch.kron(inverse, torch.eye(angles, dtype=Q.dtype)))
     one, i = torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
@@ -280,5 +281,5 @@ def test_mean_activations_are_those_of_their_definition():
     ],
 )
 def test_what_cannot_be_aligned(act, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(RainbowError, match=message):
         act()

@@ -11,8 +11,8 @@ from models.scatnet import ScatNetConfig
 from models.signal import Signal
 from rainbow.clipping import clipped_accuracies, even_ranks
 from rainbow.covariance import WeightCovariance, complete_basis, random_basis
+from rainbow.errors import RainbowError
 from rainbow.layers import weight_layers
-from utils.errors import UserError
 
 
 class Residual(nn.Module):
@@ -121,7 +121,7 @@ def test_even_ranks():
 def test_bad_input_is_said(basis, ranks, message):
     model, batches = CASES["mlp"]()
     layer = weight_layers(model, batches)[0]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(RainbowError, match=message):
         clipped_accuracies(model, layer, {"b": basis}, ranks, batches)
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(RainbowError, match="no images"):
         clipped_accuracies(model, layer, {"b": torch.eye(16)}, [0, 1], [])

@@ -11,7 +11,7 @@ from rainbow.covariance import (
     explained_variance,
     random_basis,
 )
-from utils.errors import UserError
+from rainbow.errors import RainbowError
 
 
 def rows(n, d, seed=0, dtype=torch.float64):
@@ -143,5 +143,5 @@ def test_dynamics_of_one_direction():
     ],
 )
 def test_bad_weights_are_said(weights, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(RainbowError, match=message):
         WeightCovariance.fit(weights)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from rainbow.errors import RainbowError
 from rainbow.kernel import centred_kernel_alignment, kernel_convergence, layer_kernels
-from utils.errors import UserError
 
 
 def relu_network(width, seed, channels=6):
@@ -68,11 +68,11 @@ def test_centred_alignment_is_one_up_to_offset_and_scale_and_symmetric():
 
 
 def test_bad_input_is_said():
-    with pytest.raises(UserError, match="cannot be compared"):
+    with pytest.raises(RainbowError, match="cannot be compared"):
         centred_kernel_alignment(torch.eye(3), torch.eye(4))
-    with pytest.raises(UserError, match="nothing to compare"):
+    with pytest.raises(RainbowError, match="nothing to compare"):
         centred_kernel_alignment(torch.ones(3, 3), torch.eye(3))
-    with pytest.raises(UserError, match="at least 2"):
+    with pytest.raises(RainbowError, match="at least 2"):
         kernel_convergence(relu_network(5, 0), relu_network, torch.randn(4, 6), (1,), repeats=1)
-    with pytest.raises(UserError, match="did you mean|no weight layer"):
+    with pytest.raises(RainbowError, match="did you mean|no weight layer"):
         layer_kernels(relu_network(5, 0), torch.randn(4, 6), ["7"])

@@ -14,10 +14,11 @@ from models.standard import StandardConfig, build_standard
 from rainbow import sampling as resampling
 from rainbow.alignment import MeanNetwork
 from rainbow.covariance import WeightCovariance
+from rainbow.errors import RainbowError
 from rainbow.layers import weight_layers
+from rainbow.norms import Norm
 from rainbow.program import Program
-from rainbow.sampling import METHODS, RainbowSampler, draw_rows, sample_network
-from utils.errors import UserError
+from rainbow.sampling import METHODS, RainbowSampler, draw_rows
 
 
 def batches(channels=2, side=8, count=4, size=32, seed=0):
@@ -121,6 +122,12 @@ class TrainedNeurons(RainbowSampler):
         self.sample = lambda: super(TrainedNeurons, self).sample()
 
 
+def sample_network(networks, data, seed=0, **options):
+    """A rainbow network of a network, or of several through their mean network."""
+    networks = [networks] if isinstance(networks, nn.Module) else networks
+    return RainbowSampler(MeanNetwork.fit(networks, data), data, **options).sample(seed)
+
+
 def calibrated(monkeypatch, network, data):
     """The network with the statistics that sampling gives its normalisations."""
     with monkeypatch.context() as patch:
@@ -198,7 +205,7 @@ def test_sampled_normalisations_normalise_the_training_set(name):
         found.append(out.detach())
 
     for module in sampled.modules():
-        if isinstance(module, resampling.NORMS):
+        if Norm.find(module):
             module.register_forward_hook(note)
     scores(sampled, [(torch.cat([images for images, _ in data]), None)])
     for out in found[1 if name in ("real", "complex") else 0 :]:  # the first Std is the trained one
@@ -345,7 +352,7 @@ def left_out(network, data):
     ],
 )
 def test_what_cannot_be_sampled(act, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(RainbowError, match=message):
         act(scatnet(), batches())
 
 

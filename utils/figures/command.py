@@ -19,8 +19,9 @@ from pathlib import Path
 import matplotlib.style
 from matplotlib.figure import Figure as Canvas
 
+from rainbow import RainbowError
 from utils.device import pick_device
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, as_user_error
 from utils.experiments.registry import SCALES
 from utils.figures import drawing
 from utils.figures import numbers as numbers_of
@@ -131,7 +132,8 @@ def compute(figure: Figure, source: Source, command: str, root: Path = ROOT) -> 
     path = data_path(source.scale, figure.name, root)
     if path.exists() and load_numbers(path).provenance.get("checkpoints") == key:
         return load_numbers(path)
-    arrays = figure.compute(source, SHOWN[source.scale])
+    with as_user_error(kind=RainbowError):
+        arrays = figure.compute(source, SHOWN[source.scale])
     names = [experiment.name for experiment in source.experiments(figure.number)]
     data = FigureData(arrays, provenance(command, names, key))
     save_numbers(path, data)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from models import rainbow_layers
 from rainbow.alignment import MeanNetwork
 from rainbow.layers import Layer, weight_layers
 from utils.data.datasets import Datasets, load_datasets
@@ -64,6 +65,7 @@ class Source:
         batch: int = 128,
         quiet: bool = False,
     ):
+        rainbow_layers.register()
         self.scale, self.root, self.device = scale, Path(checkpoints), device
         self.places, self.batch, self.quiet = places or {}, batch, quiet
         self._data: dict[tuple, Datasets] = {}

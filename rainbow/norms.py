@@ -1,0 +1,97 @@
+"""Normalisations with running statistics: in evaluation they are affine maps of channels, so that products before and
+after them are a matter of means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rainbow.precision import to_double
+from rainbow.registry import Adapter, register
+
+
+class Affine(NamedTuple):
+    """x -> (x - mean) scale + shift for every channel, in double precision. # (D,) or numbers"""
+
+    mean: Tensor | float = 0.0
+    scale: Tensor | float = 1.0
+    shift: Tensor | float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(Adapter):
+    """A normalisation by running statistics, as batch norm: x -> (x - mean) / √(var + ε) · gain + shift.
+
+    mean_buffer, var_buffer: their names. The buffers may be None.
+    """
+
+    role: ClassVar[str] = "norm"
+    mean_buffer: ClassVar[str] = "running_mean"
+    var_buffer: ClassVar[str] = "running_var"
+
+    module: nn.Module
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm | None:
+        """The adapter of a module, None if it is no normalisation."""
+        adapter = cls.find(module)
+        return None if adapter is None else adapter(module)
+
+    @property
+    def epsilon(self) -> float:
+        """ε."""
+        return self.module.eps
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """The running mean and variance themselves; None if it keeps none. # (D,) each"""
+        mean, var = getattr(self.module, self.mean_buffer), getattr(self.module, self.var_buffer)
+        return None if mean is None else (mean, var)
+
+    def affine(self) -> Affine:
+        """What it does in evaluation. It must have statistics."""
+        mean, var = map(to_double, self.statistics)
+        scale = (var + self.epsilon).rsqrt()
+        gain, shift = getattr(self.module, "weight", None), getattr(self.module, "bias", None)
+        if gain is not None:
+            scale = scale * to_double(gain)
+        return Affine(mean, scale, 0.0 if shift is None else to_double(shift))
+
+    def set(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Puts the mean and the biased variance over so many samples into the buffers, the variance unbiased."""
+        buffers = self.statistics
+        buffers[0].copy_(mean)
+        buffers[1].copy_(var * (count / max(count - 1, 1)))
+
+    def resize(self, channels: int) -> None:
+        """Gives the buffers another length, with mean 0 and variance 1."""
+        self.module.num_features = channels
+        for key, buffer in list(self.module.named_buffers(recurse=False)):
+            if buffer.ndim and len(buffer) != channels:
+                setattr(self.module, key, buffer.new_full((channels,), float(key == self.var_buffer)))
+
+
+register(nn.modules.batchnorm._BatchNorm, Norm)
+
+
+def normalized_product(K: Tensor, mean_a: Tensor, map_a: Affine, mean_b: Tensor, map_b: Affine) -> Tensor:
+    """E[φ_a φ_b^H] after φ = (f - m) s + t, from K = E[f_a f_b^H] (its real part, or all) and E[f]. # (D_a, D_b)"""
+    zero_a, zero_b = torch.zeros_like(mean_a), torch.zeros_like(mean_b)
+    m_a, m_b = zero_a + map_a.mean, zero_b + map_b.mean  # (D_a,), (D_b,)
+    s_a, s_b = zero_a.real + map_a.scale, zero_b.real + map_b.scale
+    t_a, t_b = zero_a.real + map_a.shift, zero_b.real + map_b.shift
+    centred = K - _as(K, _outer(m_a, mean_b.conj()) + _outer(mean_a - m_a, m_b.conj()))
+    mean_a, mean_b = (mean_a - m_a) * s_a, (mean_b - m_b) * s_b
+    return centred * s_a[:, None] * s_b + _as(K, _outer(mean_a + t_a, t_b) + _outer(t_a, mean_b.conj()))
+
+
+def _outer(a, b):
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return torch.outer(a.to(dtype), b.to(dtype))
+
+
+def _as(K, correction):
+    return correction if K.is_complex() else correction.real
