@@ -26,13 +26,9 @@ torch.Size([5, 3])
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from rainbow.layers import Layer
-    from rainbow.program import Step
 
 _ADAPTERS: dict[tuple[type[nn.Module], str], type[Adapter]] = {}
 A = TypeVar("A", bound="Adapter")
@@ -79,11 +75,11 @@ class Architecture(Adapter):
         """Two images that the network can process."""
         return None
 
-    def steps(self, example: Tensor) -> list[Step] | None:
+    def steps(self, example: Tensor) -> list | None:
         """The network as steps between its layers; see `rainbow.program`."""
         return None
 
-    def stream(self, layers: Sequence[Layer], images: Tensor, receive: Callable[..., Any]) -> bool:
+    def stream(self, layers: Sequence, images: Tensor, receive: Callable[..., Any]) -> bool:
         """Calls `receive` with samples of every layer, as `moments.stream_samples` does. False if it cannot."""
         return False
 
