@@ -6,7 +6,6 @@ accuracies.csv: the test accuracy after every layer (repeat, layers sampled, top
 
 import copy
 import csv
-import difflib
 import io
 import platform
 import sys
@@ -28,7 +27,7 @@ from rainbow.sampling import METHODS, RainbowSampler
 from rainbow.widths import checked_widths
 from utils.data.datasets import load_datasets
 from utils.device import describe_device, pick_device
-from utils.errors import UserError, as_user_error, run_main
+from utils.errors import UserError, as_user_error, did_you_mean, run_main
 from utils.files import atomic_write, read_json, write_json
 from utils.lock import Lock
 from utils.runs import options
@@ -115,13 +114,8 @@ def find_experiment(args):
     if not (source.path / "args.json").is_file():
         root = RunFolder(args.checkpoints, "x").path.parent
         names = sorted(path.parent.relative_to(root).as_posix() for path in root.glob("**/args.json"))
-        near = difflib.get_close_matches(args.experiment, names, 3, 0.5)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"there is {', '.join(names[:5]) or 'none'}" + ", …" * (len(names) > 5)
-        )
-        raise UserError(f"--experiment {args.experiment}: no such run in {root}; {hint}")
+        hint = did_you_mean(args.experiment, names)
+        raise UserError(f"--experiment {args.experiment}: no such run in {root}{hint}")
     status = source.status()
     if args.epoch is None and status.get("state") != "finished":
         kept = ", ".join(map(str, source.epochs())) or "none"

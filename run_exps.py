@@ -7,14 +7,13 @@ python run_exps.py --submit slurm --gpus 1     hand them to a cluster
 """
 
 import argparse
-import difflib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from utils.errors import UserError, run_main
+from utils.errors import UserError, did_you_mean, run_main
 from utils.experiments import cluster, processes, runner
 from utils.experiments import registry as experiments
 from utils.experiments import status as progress
@@ -65,29 +64,21 @@ def parser():
     return parser
 
 
-def near(word, known):
-    """What the user may have meant."""
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
-    return f"; did you mean {', '.join(close)}?" if close else f"; one of {', '.join(known)}"
-
-
 def select(args):
     """The experiments that the command line asks for. Raises UserError where it names what does not exist."""
     if args.scale not in experiments.SCALES:
-        raise UserError(f"--scale {args.scale}: no such scale{near(args.scale, experiments.SCALES)}")
+        raise UserError(f"--scale {args.scale}: no such scale{did_you_mean(args.scale, experiments.SCALES)}")
     chosen = all_experiments(args)
     names = {experiment.name for experiment in chosen}
     for group in args.only or ():
         if group not in experiments.groups(args.scale):
-            raise UserError(f"--only {group}: no such group{near(group, experiments.groups(args.scale))}")
+            raise UserError(f"--only {group}: no such group{did_you_mean(group, experiments.groups(args.scale))}")
     for figure in args.figure or ():
         if figure not in experiments.figures(args.scale):
-            known = ", ".join(map(str, experiments.figures(args.scale)))
-            raise UserError(f"--figure {figure}: no such figure; one of {known}")
+            raise UserError(f"--figure {figure}: no such figure; known: {experiments.figures(args.scale)}")
     for name in args.name or ():
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            raise UserError(f"--name {name}: no such experiment" + (f"; did you mean {close[0]}?" if close else ""))
+            raise UserError(f"--name {name}: no such experiment{did_you_mean(name, names)}")
     try:
         pattern = re.compile(args.match or "")
     except re.error as error:

@@ -29,6 +29,7 @@ def stop(signum, frame):
 
 
 def main(argv):
+    signal.signal(signal.SIGTERM, stop)
     argv = sys.argv[1:]
     flags = flags_of(argv)
     root = Path(flags.get("--checkpoints", ("checkpoints",))[0])
@@ -47,7 +48,6 @@ def main(argv):
 
 
 def train(folder, name, argv, epochs, output):
-    signal.signal(signal.SIGTERM, stop)
     write(folder / "args.json", json.dumps({"argv": argv}))
     last = folder / output
     epoch, state = json.loads(last.read_text()) if last.exists() else (0, "")

@@ -1,6 +1,7 @@
 """How a program ends: one clear line on stderr and a status that says why."""
 
 import contextlib
+import difflib
 import os
 import signal
 import sys
@@ -49,8 +50,16 @@ def as_user_error(where="", kind=ValueError):
         raise UserError(f"{where}{error}") from error
 
 
+def did_you_mean(word, known):
+    """The end of a message on an unknown name: the known ones like it, or else the first few of them."""
+    known = list(map(str, known))
+    if close := difflib.get_close_matches(str(word), known, 3, 0.4):
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known: {', '.join(known[:8]) or 'none'}" + ", …" * (len(known) > 8)
+
+
 def first_line(error):
-    """What an error says in its first line, or what it is where it says nothing."""
+    """What an error says in its first line, or its type if it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -65,17 +74,17 @@ def run_main(main, argv=None):
     try:
         status = main(argv)
     except RunError as error:
-        _complain(f"{prefix}: error: {error}")
+        complain(f"{prefix}: error: {error}")
         status = error.exit_status
     except KeyboardInterrupt:
-        _complain(f"{prefix}: interrupted")
+        complain(f"{prefix}: interrupted")
         status = 128 + signal.SIGINT
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)
 
 
-def _complain(text):
+def complain(text):
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)
 

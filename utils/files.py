@@ -33,14 +33,16 @@ def write_json(path, value):
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path):
-    """The JSON object in a file. Raises UserError where it is missing or is not one."""
+def read_json(path, default=None):
+    """The JSON object in a file. Raises UserError, or returns `default`, where it is missing or is not one."""
     try:
         value = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        if not isinstance(value, dict):
+            raise ValueError("it should hold a JSON object")
     except (OSError, ValueError) as error:
+        if default is not None:
+            return default
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{path}: no such file") from error
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object")
     return value

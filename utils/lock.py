@@ -1,147 +1,160 @@
-"""One process at a time writes a run's folder."""
+"""One process at a time works in a run's folder.
 
+The lock is the system's own (`flock`) on the file `lock`; it ends with its holder, however that ends. The file says who
+holds it, and the holder touches it every few seconds, which decides where flock does not: on a disk that has none, and
+between machines. Not `filelock`, whose versions before 4 leave a killed holder's lock to the workers it has forked, and
+take a disk without flock for a lock that is held.
+"""
+
+import contextlib
+import fcntl
 import json
 import os
 import socket
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
-from utils.errors import UserError, WriteError
+from utils.errors import UserError, WriteError, complain
+from utils.files import read_json
 
-HEARTBEAT = 30.0  # seconds between two signs of life in a held lock
-SILENCE = 600.0  # seconds without one after which a lock of another machine counts as stale
+HEARTBEAT = 5.0  # seconds between two signs of life of a holder
+SILENCE = 45.0  # seconds without one after which a holder counts as dead, unless flock says that it lives
+SETTLE = 1.0  # seconds in which several processes that take a lock without flock at once overwrite each other
 
 
 class Lock:
-    """A lock file that names its holder: process, its start, machine. Use as a context manager.
+    """The lock file at `path`, as a context manager. Entering raises UserError, naming the holder, or WriteError.
 
-    A lock is stale, and taken, if its process is dead, if it is of the same cluster job restarted elsewhere, or
-    of another machine and silent for SILENCE seconds. Entering raises UserError, saying who holds it, otherwise.
+    A process whose lock is taken all the same (after a suspension, or by hand) ends at once, without saving.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        self.content = json.dumps(
-            {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "started": process_start(os.getpid()),
-                "job": _cluster_job(),
-                "program": os.path.basename(sys.argv[0]),
-            }
-        )
+        self._key = os.urandom(8).hex()
         self._released = threading.Event()
+        self._life = threading.Thread(target=self._show_life, daemon=True)
 
     def __enter__(self):
-        for _ in range(10):  # each round takes the lock, finds a live holder, or clears a stale one
-            if self._create():
-                self._clean()
-                threading.Thread(target=self._show_life, daemon=True).start()
-                return self
-            content, age = self._read()
-            if content is None:
-                continue
-            holder = _parse(content)
-            if is_alive(holder, age):
-                raise UserError(f"{self.path.parent} is in use by {describe(holder)}: wait for it or end it")
-            self._clear(content)
-        raise UserError(f"{self.path}: other processes take this lock again and again")
-
-    def __exit__(self, *exception):
-        self._released.set()
-        if self._read()[0] == self.content:
-            self.path.unlink(missing_ok=True)
-
-    def _create(self):
-        """Whether the lock file could be made: complete from its first moment, and only if there is none."""
-        own = self._own_file()
         try:
-            own.write_text(self.content)
-            os.link(own, self.path)
-            return True
-        except FileExistsError:
-            return False
+            self._file, has_flock = self._open()
+            os.register_at_fork(after_in_child=self._file.close)  # or children would hold the lock as well
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(self._file.close)
+                self._take(has_flock)
+                on_error.pop_all()
         except OSError as error:
             raise WriteError(f"could not write {self.path}: {error.strerror or error}") from error
-        finally:
-            own.unlink(missing_ok=True)
+        self._life.start()
+        return self
 
-    def _clean(self):
-        """Removes what processes of this machine have left that were killed as they took the lock."""
-        for file in self.path.parent.glob(f".{self.path.name}.{socket.gethostname()}.*.tmp"):
-            pid = file.suffixes[-2][1:]
-            if pid.isdigit() and process_start(int(pid)) is None:
-                file.unlink(missing_ok=True)
+    def __exit__(self, *exception):
+        if not self._file.closed:  # as it is in a forked child
+            self._released.set()
+            self._life.join()
+            with self._file, contextlib.suppress(OSError):
+                if self._is_mine():
+                    self.path.unlink()
 
-    def _read(self):
+    def _open(self):
+        """The open file, and whether this disk has flock, which then says that nobody here holds the lock."""
+        for _ in range(10):  # a reader, or a process that just ends, has it for an instant
+            file = self.path.open("a+")
+            is_free = _flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if is_free is None or is_free and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                    return file, is_free
+            file.close()
+            time.sleep(0.02)
+        raise self._refusal()
+
+    def _take(self, has_flock):
+        """Writes this process into the file unless another one lives that holds it."""
+        found = read_json(self.path, default={})
+        is_restarted = found.get("job") is not None and found["job"] == _cluster_job()
+        is_dead = not found or (has_flock if _is_here(found) else is_restarted)
+        if not is_dead and not _is_silent(self.path):
+            raise self._refusal()
+        who = {"program": os.path.basename(sys.argv[0]), "pid": os.getpid(), "host": socket.gethostname()}
+        self._file.truncate(0)
+        self._file.write(json.dumps({**who, "job": _cluster_job(), "key": self._key}))
+        self._file.flush()
+        if not has_flock:
+            time.sleep(SETTLE)
+            if not self._is_mine():
+                raise self._refusal()
+
+    def _refusal(self):
+        who = holder(self.path) or "another process"
+        return UserError(
+            f"{self.path.parent} is in use by {who}: wait for it or end it; its lock, {self.path}, lapses at most "
+            f"{SILENCE:.0f} s after its end"
+        )
+
+    def _is_mine(self):
+        """Whether the file still names this process. Raises OSError for a disk that does not answer."""
         try:
-            return self.path.read_text(), time.time() - self.path.stat().st_mtime
+            return self._key in self.path.read_text(errors="replace")
         except FileNotFoundError:
-            return None, 0.0
-
-    def _clear(self, stale):
-        """Takes the lock file away, and puts it back if another process has replaced the stale one meanwhile."""
-        own = self._own_file()
-        try:
-            os.rename(self.path, own)
-            if own.read_text() != stale and not self.path.exists():
-                os.rename(own, self.path)
-        except FileNotFoundError:
-            return
-        finally:
-            own.unlink(missing_ok=True)
-
-    def _own_file(self):
-        return self.path.with_name(f".{self.path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+            return False
 
     def _show_life(self):
         while not self._released.wait(HEARTBEAT):
-            try:
-                os.utime(self.path)
-            except OSError:
-                return
+            with contextlib.suppress(OSError):
+                if not self._is_mine():
+                    how = f"taken by {holder(self.path) or 'another process'}" if self.path.exists() else "removed"
+                    complain(f"{self.path} was {how}: this process ends without saving")
+                    os._exit(1)
+                os.utime(self._file.fileno())
 
 
-def is_alive(holder, age):
-    """Whether the holder of a lock, `age` seconds after its last sign of life, must be believed to run."""
-    if holder.get("host") == socket.gethostname():
-        started = process_start(holder.get("pid"))
-        return started is not None and started == holder.get("started")
-    if holder.get("job") is not None and holder.get("job") == _cluster_job():
-        return False
-    return age < SILENCE
-
-
-def describe(holder):
-    """The holder of a lock in words."""
-    return f"{holder.get('program')}, process {holder.get('pid')} on {holder.get('host')}"
-
-
-def process_start(pid):
-    """When the process began, in any unit (compare only); None if there is none or it is a dead one not yet reaped."""
-    if not isinstance(pid, int) or pid <= 0:
-        return None
+def holder(path):
+    """Who holds the lock at `path`, in words; None if nobody does. Disturbs neither holders nor those who take it."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    listed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return listed.stdout.strip() or None
+        with open(path) as file:
+            is_free = _flock(file, fcntl.LOCK_SH)
+        found = read_json(path, default={})
+        if is_free is False:
+            return _describe(found)
+        return None if not found or is_free and _is_here(found) or _is_silent(path) else _describe(found)
+    except OSError:
+        return None
+
+
+def _is_silent(path):
+    """Whether a lock was not touched for long, or in the future, by the clock of its disk if that can be told."""
+    with open(path) as file:  # opened, or NFS would answer from memory
+        touched = os.fstat(file.fileno()).st_mtime
+    try:
+        with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
+            now = os.fstat(file.fileno()).st_mtime
+    except OSError:
+        now = time.time()
+    return abs(now - touched) > SILENCE
+
+
+def _flock(file, kind):
+    """Takes the system's lock if it is free. Returns whether it was, None where the disk has no such locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+
+
+def _describe(found):
+    return f"{found.get('program')}, process {found.get('pid')} on {found.get('host')}" if found else "another process"
+
+
+def _is_here(found):
+    """Whether a holder is of this machine and uses flock, as those of earlier versions do not."""
+    return found.get("host") == socket.gethostname() and bool(found.get("key"))
 
 
 def _cluster_job():
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     return f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID', 0)}" if job else None
-
-
-def _parse(content):
-    try:
-        holder = json.loads(content)
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}

@@ -6,12 +6,11 @@ torch, so that a table of all experiments takes no time.
 
 import csv
 import dataclasses
-import json
-import time
 from pathlib import Path
 
 from utils import lock
 from utils.experiments.registry import flags_of
+from utils.files import read_json
 
 # Flags that say where and how fast something runs, not what it computes.
 PLACEMENT = {
@@ -52,9 +51,9 @@ class State:
 def read_state(root, experiment):
     """The `State` of an experiment's folder under `root`. Never raises: what cannot be read is "damaged"."""
     folder = Path(root) / experiment.name
-    status, arguments = _read_json(folder / "status.json"), _read_json(folder / "args.json")
+    status, arguments = (read_json(folder / name, default={}) for name in ("status.json", "args.json"))
     known = {"epoch": status.get("epoch"), "epochs": status.get("epochs"), "acc1": status.get("acc1")}
-    holder = lock_holder(folder)
+    holder = lock.holder(folder / "lock")
     if holder:
         return State("running", detail=holder, **known)
     if not (folder / "args.json").exists() and not (folder / "status.json").exists():
@@ -72,17 +71,6 @@ def read_state(root, experiment):
     return State("stopped", **known) if status else State("damaged", detail="status.json cannot be read")
 
 
-def lock_holder(folder):
-    """Who is at work in a run's folder, in words; None if nobody alive is."""
-    path = Path(folder) / "lock"
-    holder = _read_json(path)
-    try:
-        age = time.time() - path.stat().st_mtime
-    except OSError:
-        return None
-    return lock.describe(holder) if lock.is_alive(holder, age) else None
-
-
 def changes(before, now):
     """What differs between two command lines' definitions ("--lr 0.01, now 0.05; …"), "" if nothing does."""
     before, now = _definition(before), _definition(now)
@@ -97,14 +85,6 @@ def _definition(argv):
 
 def _shown(flags, flag):
     return (" ".join(flags[flag]) or "set") if flag in flags else "absent"
-
-
-def _read_json(path):
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 # --- Time --------------------------------------------------------------------------------------------------------

@@ -156,8 +156,7 @@ class RunFolder:
     def clean(self):
         """Removes what a killed process left half-written. Only for the holder of the folder's lock."""
         for file in self.path.glob(".*.tmp"):
-            if not file.name.startswith(".lock."):
-                file.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
     def clear(self):
         """Removes what a run has left. Only for the holder of the folder's lock."""

@@ -1,22 +1,16 @@
 """Run folders: nothing damaged, foreign or hostile is taken for a checkpoint, and nothing is lost by a failed write."""
 
-import json
 import os
 import pickle
 import random
 import resource
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import models
 from models.signal import Signal
-from utils import lock
 from utils.errors import UserError, WriteError
-from utils.lock import Lock, process_start
 from utils.runs import checkpoints, options
 from utils.runs.checkpoints import RunFolder, load, load_network, load_weights, save
 
@@ -212,86 +206,3 @@ def test_arguments_that_describe_no_network_are_an_error(folder, args, network, 
     save(folder.file(0), values)
     with pytest.raises(UserError, match=r"epoch_0\.pt"):
         load_network(folder, 0)
-
-
-# One process at a time
-
-
-@pytest.fixture
-def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def write_lock(path, pid, **changes):
-    holder = {"pid": pid, "host": socket.gethostname(), "started": process_start(pid), "job": None, "program": "p.py"}
-    path.write_text(json.dumps({**holder, **changes}))
-
-
-def test_a_held_lock_is_refused_and_its_holder_named(tmp_path, sleeper):
-    write_lock(tmp_path / "lock", sleeper.pid)
-    with pytest.raises(UserError, match=rf"p\.py, process {sleeper.pid} on "), Lock(tmp_path / "lock"):
-        pass
-    assert (tmp_path / "lock").exists()
-
-
-def test_the_lock_of_a_dead_process_is_taken_and_given_back(tmp_path, sleeper):
-    write_lock(tmp_path / "lock", sleeper.pid)
-    sleeper.kill()
-    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)  # dead, not reaped
-    with Lock(tmp_path / "lock"):
-        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-    assert not os.listdir(tmp_path)
-
-
-def test_a_process_number_used_again_does_not_hold_a_lock(tmp_path, sleeper):
-    write_lock(tmp_path / "lock", sleeper.pid, started="long ago")
-    with Lock(tmp_path / "lock"):
-        pass
-
-
-def test_locks_of_other_machines_hold_until_silent_or_restarted_here(tmp_path, monkeypatch):
-    path = tmp_path / "lock"
-    write_lock(path, 1, host="elsewhere", job="77_0")
-    with pytest.raises(UserError, match="elsewhere"), Lock(path):
-        pass
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with Lock(path):
-        pass
-    monkeypatch.delenv("SLURM_JOB_ID")
-    write_lock(path, 1, host="elsewhere")
-    os.utime(path, (0, 0))
-    with Lock(path):
-        pass
-
-
-def test_what_was_killed_as_it_took_a_lock_is_cleaned_up(tmp_path, sleeper):
-    dead, alive, foreign = (
-        tmp_path / f".lock.{host}.{pid}.tmp"
-        for host, pid in ((socket.gethostname(), 2**30), (socket.gethostname(), sleeper.pid), ("elsewhere", 2**30))
-    )
-    for path in (dead, alive, foreign):
-        path.touch()
-    with Lock(tmp_path / "lock"):
-        pass
-    assert sorted(tmp_path.iterdir()) == sorted([alive, foreign])
-
-
-def test_a_lock_in_use_shows_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
-    with Lock(tmp_path / "lock"):
-        os.utime(tmp_path / "lock", (0, 0))
-        for _ in range(500):
-            if os.stat(tmp_path / "lock").st_mtime > 0:
-                break
-            lock.time.sleep(0.01)
-        assert os.stat(tmp_path / "lock").st_mtime > 0
-
-
-def test_an_unreadable_lock_of_a_killed_program_does_not_hold_for_ever(tmp_path):
-    (tmp_path / "lock").write_text("")
-    os.utime(tmp_path / "lock", (0, 0))
-    with Lock(tmp_path / "lock"):
-        pass
