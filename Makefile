@@ -1,13 +1,15 @@
 # make demo   the whole paper on the handwritten digits: train, resample, analyse, draw
 # make test   what continuous integration runs
 # make soak   the trial of what the README promises: kills, full disks, hostile files, several processes
-# All set up .venv first; a second call sets up nothing again. `make PYTHON=python3.12 test` picks the interpreter.
+# make oldest the tests on the oldest packages that requirements.txt admits, in .venv-oldest
+# All but the last set up .venv first; a second call sets up nothing again.
+# `make PYTHON=python3.12 test` picks the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test soak
+.PHONY: demo test soak oldest
 
 demo: $(READY)
 	$(BIN)/python run_exps.py --scale laptop
@@ -19,6 +21,12 @@ test: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m soak
+
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/>=/==/' requirements.txt > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/requirements.txt -r requirements-dev.txt
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -p no:cacheprovider
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

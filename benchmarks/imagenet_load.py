@@ -122,7 +122,7 @@ def read(args, folder, bad):
     options = {"grayscale": False, "data_subset": None, "classes_subset": None, "randomize_labels": None}
     images = load_datasets(Namespace(dataset="imagenet", data=folder, resize_images=args.size, **options)).train
     names = Names()
-    log = logging.getLogger("utils.data.batches")
+    log = logging.getLogger("utils.data.folders")
     log.addHandler(names)
     log.propagate = False
     good = args.images - len(bad)

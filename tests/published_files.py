@@ -1,10 +1,16 @@
-"""Writes small data sets in the formats the real ones are published in."""
+"""Writes small data sets in the formats that the real ones are published in.
+
+Each function returns (training images, labels), (test images, labels) as arrays (n, M, N, C) and (n,).
+"""
 
 import pickle
+import pickletools
 import struct
+from hashlib import md5
 
 import numpy as np
 from PIL import Image
+from torchvision import datasets
 
 
 def random_images(count, size, channels=3, seed=0):
@@ -18,58 +24,45 @@ def to_rows(images):
 
 
 def python2_pickle(content):
-    """Bytes as Python 2 pickled a dict of uint8 matrices and lists of integers: the format of CIFAR's batches."""
-
-    def string(text):
-        data = text if isinstance(text, bytes) else text.encode()
-        return b"U" + bytes([len(data)]) + data if len(data) < 256 else b"T" + struct.pack("<i", len(data)) + data
-
-    def integer(number):
-        return b"J" + struct.pack("<i", number)
-
-    def array(matrix):
-        state = b"(" + integer(1) + integer(matrix.shape[0]) + integer(matrix.shape[1]) + b"\x86"
-        state += b"cnumpy\ndtype\n" + string("u1") + integer(0) + integer(1) + b"\x87R"
-        state += b"(" + integer(3) + string("|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
-        state += b"\x89" + string(matrix.tobytes()) + b"t"
-        empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + integer(0) + b"\x85" + string("b")
-        return empty + b"\x87R" + state + b"b"
-
-    def value(item):
-        if isinstance(item, np.ndarray):
-            return array(item)
-        return b"](" + b"".join(map(integer, item)) + b"e"
-
-    items = b"".join(string(key) + value(item) for key, item in content.items())
-    return b"\x80\x02}(" + items + b"u."
+    """Bytes as Python 2 and the numpy of its time pickled a dict: the format of CIFAR's batches."""
+    data = bytearray(pickle.dumps(content, protocol=3))
+    data[1] = 2
+    as_string = {"BINUNICODE": b"T", "BINBYTES": b"T", "SHORT_BINBYTES": b"U"}
+    for opcode, _, position in pickletools.genops(bytes(data)):
+        data[position : position + 1] = as_string.get(opcode.name, data[position : position + 1])
+    return bytes(data).replace(b"cnumpy._core", b"cnumpy.core")
 
 
-def write_cifar10(data_dir, per_batch=20):
-    """Five training batches and a test batch; returns (training images, labels), (test images, labels)."""
-    folder = data_dir / "cifar-10-batches-py"
+def write_cifar10(data_dir, per_file=20):
+    return _write_cifar(data_dir, datasets.CIFAR10, per_file, 10, "labels")
+
+
+def write_cifar100(data_dir, per_file=120):
+    return _write_cifar(data_dir, datasets.CIFAR100, per_file, 100, "fine_labels")
+
+
+def _write_cifar(data_dir, reader, per_file, classes, key):
+    folder = data_dir / reader.base_folder
     folder.mkdir(parents=True)
     parts = []
-    for i, name in enumerate([f"data_batch_{b}" for b in range(1, 6)] + ["test_batch"]):
-        images, labels = random_images(per_batch, 32, seed=i), np.arange(per_batch) * 7 % 10
-        content = {"data": to_rows(images), "labels": labels.tolist()}
-        (folder / name).write_bytes(python2_pickle(content))
+    for i, (name, _) in enumerate([*reader.train_list, *reader.test_list]):
+        images, labels = random_images(per_file, 32, seed=i), np.arange(per_file) * 7 % classes
+        (folder / name).write_bytes(python2_pickle({"data": to_rows(images), key: labels.tolist()}))
         parts.append((images, labels))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}, protocol=2))
-    train = tuple(np.concatenate(each) for each in zip(*parts[:5]))
-    return train, parts[5]
+    names = {reader.meta["key"]: [str(i) for i in range(classes)]}
+    (folder / reader.meta["filename"]).write_bytes(pickle.dumps(names, protocol=2))
+    return tuple(map(np.concatenate, zip(*parts[:-1]))), parts[-1]
 
 
-def write_cifar100(data_dir, count=120):
-    folder = data_dir / "cifar-100-python"
-    folder.mkdir(parents=True)
-    parts = []
-    for i, name in enumerate(["train", "test"]):
-        images, labels = random_images(count, 32, seed=i), np.arange(count) * 7 % 100
-        content = {"data": to_rows(images), "fine_labels": labels.tolist(), "coarse_labels": (labels // 5).tolist()}
-        (folder / name).write_bytes(python2_pickle(content))
-        parts.append((images, labels))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}, protocol=2))
-    return parts
+def accept(monkeypatch, reader, data_dir):
+    """Makes torchvision's `reader` of CIFAR take the files in `data_dir` for the published ones."""
+
+    def checksum(name):
+        return name, md5((data_dir / reader.base_folder / name).read_bytes()).hexdigest()
+
+    for files in ("train_list", "test_list"):
+        monkeypatch.setattr(reader, files, [checksum(name) for name, _ in getattr(reader, files)])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": checksum(reader.meta["filename"])[1]})
 
 
 def write_mnist(data_dir, count=30):
@@ -85,21 +78,20 @@ def write_mnist(data_dir, count=30):
     return parts
 
 
-def write_imagenet32(folder, per_batch=4):
+def write_imagenet32(folder, per_file=4, pickled=pickle.dumps):
+    """The labels in the files, and those returned, count from 1."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for i, name in enumerate([f"train_data_batch_{b}" for b in range(1, 11)] + ["val_data"]):
-        images, labels = random_images(per_batch, 32, seed=i), np.arange(per_batch) + 1 + 90 * i
-        mean = images.reshape(per_batch, -1).mean(0)
-        content = {"data": to_rows(images), "labels": labels.tolist(), "mean": mean}
-        (folder / name).write_bytes(pickle.dumps(content))
+        images, labels = random_images(per_file, 32, seed=i), np.arange(per_file) + 1 + 90 * i
+        content = {"data": to_rows(images), "labels": labels.tolist(), "mean": to_rows(images).mean(0)}
+        (folder / name).write_bytes(pickled(content))
         parts.append((images, labels))
-    train = tuple(np.concatenate(each) for each in zip(*parts[:10]))
-    return train, parts[10]
+    return tuple(map(np.concatenate, zip(*parts[:10]))), parts[10]
 
 
 def write_imagenet(folder, classes=3, per_class=4, seed=0):
-    """train/ and val/ with JPEGs of many sizes; the first of each class is grayscale, the second CMYK."""
+    """train/ and val/ with JPEGs of many sizes; the first of each class is grayscale, the second CMYK. Returns None."""
     random = np.random.default_rng(seed)
     for part in ("train", "val"):
         for c in range(classes):

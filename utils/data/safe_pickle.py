@@ -1,7 +1,8 @@
-"""Reads the pickled dictionaries that CIFAR and ImageNet32 are published as, running nothing of what they name.
+"""Reads the pickled dictionaries that ImageNet32 is published as, without running anything that they name.
 
-A pickle is a small program that may call any function by name. Here the few names that numpy arrays need stand for
-functions of this file, which check what they are given; every other name is refused.
+A pickle is a small program that may call any function by name. Here the few names that numpy arrays need denote
+stand-ins, which check their arguments, so that even numpy's own construction from a pickle's state and its arrays of
+objects are out of reach; every other name is refused.
 """
 
 import pickle
@@ -21,7 +22,7 @@ class _Refused(Exception):
 def read_pickle(path):
     """The dictionary in the file `path`, keys as str: arrays of numbers, bytes, strings, numbers, lists, dicts.
 
-    Raises UserError where the file is missing, truncated, no dictionary, or names anything but an array.
+    Raises UserError if the file is missing, truncated, not a dictionary, or names anything but an array.
     """
     try:
         with open(path, "rb") as file:
@@ -30,10 +31,11 @@ def read_pickle(path):
         raise UserError(f"{path}: refused, it asks for {error}; data are arrays, numbers, strings and lists") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # whatever bytes that are no pickle lead to
-        raise UserError(f"{path}: damaged or no pickle ({error or type(error).__name__}); get it again") from None
+    except Exception as error:  # whatever bytes that are not a pickle lead to
+        message = error or type(error).__name__
+        raise UserError(f"{path}: damaged or not a pickle ({message}); download it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__} where a dictionary was expected")
+        raise UserError(f"{path}: holds a {type(content).__name__} instead of a dictionary")
     return {_text(key): value.array if isinstance(value, _Array) else value for key, value in content.items()}
 
 
@@ -48,18 +50,14 @@ class _Unpickler(pickle.Unpickler):
         except KeyError:
             raise _Refused(f"{module}.{name}") from None
 
-    def persistent_load(self, key):
-        raise _Refused("an object outside the file")
-
 
 class _Number:
     """Stands for numpy.dtype: a type of number."""
 
     def __init__(self, name, *_):
-        name = _text(name)
-        if not _NUMBERS.fullmatch(name):
-            raise _Refused(f"an array of {name}")
-        self.dtype = np.dtype(name)
+        if not _NUMBERS.fullmatch(_text(name)):
+            raise _Refused(f"an array of {_text(name)}")
+        self.dtype = np.dtype(_text(name))
 
     def __setstate__(self, state):
         self.dtype = self.dtype.newbyteorder(_text(state[1]))
@@ -72,32 +70,18 @@ class _Array:
 
     def __setstate__(self, state):
         _, shape, number, fortran, data = state
-        self.array = np.frombuffer(data, number.dtype).reshape(shape, order="F" if fortran else "C")
-
-
-def _reconstruct(kind, *_):
-    return kind()
+        self.array = _from_buffer(data, number, shape, "F" if fortran else "C")
 
 
 def _from_buffer(data, number, shape, order):
     return np.frombuffer(data, number.dtype).reshape(shape, order=order)
 
 
-def _scalar(number, data):
-    return np.frombuffer(data, number.dtype)[0].item()
-
-
-def _encode(text, encoding):
-    if encoding != "latin1":
-        raise _Refused(f"the encoding {encoding}")
-    return text.encode("latin1")
-
-
 _STAND_INS = {
     ("numpy", "dtype"): _Number,
     ("numpy", "ndarray"): _Array,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.multiarray", "_reconstruct"): lambda kind, *_: kind(),
+    ("numpy.core.multiarray", "scalar"): lambda number, data: np.frombuffer(data, number.dtype)[0].item(),
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how bytes are pickled for Python 2
 }

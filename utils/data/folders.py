@@ -1,0 +1,161 @@
+"""Sets of image files, read, cropped and resized by worker processes."""
+
+import logging
+import math
+import os
+import signal
+import warnings
+from dataclasses import dataclass, field, replace
+from threading import Thread
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+
+from utils.data.batches import ImageSet, Normalization, generator
+from utils.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+def centre(image, size):
+    """The central square of `size` pixels of a PIL image, after its shorter side became 256/224·size."""
+    width, height = resized(*image.size, round(size * 256 / 224))
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.resize((width, height), Image.BILINEAR).crop((left, top, left + size, top + size))
+
+
+def resized(width, height, shorter):
+    """(width, height) of an image after its shorter side became `shorter` pixels, the longer one rounded down."""
+    return tuple(shorter * side // min(width, height) for side in (width, height))
+
+
+def random_part(image, size, random):
+    """A part of a PIL image drawn by `draw_crop`, as a square of `size` pixels, mirrored with probability 1/2."""
+    top, left, height, width = draw_crop(random, image.height, image.width)
+    part = image.crop((left, top, left + width, top + height)).resize((size, size), Image.BILINEAR)
+    return part.transpose(Image.FLIP_LEFT_RIGHT) if random.random() < 0.5 else part
+
+
+def draw_crop(random, height, width):
+    """(top, left, height, width) in pixels of a random part of an image: its area is uniform in 8–100 % of the image's,
+    the logarithm of its aspect ratio uniform between those of 3/4 and 4/3. If ten draws do not fit, the largest central
+    part with such a ratio."""
+    for _ in range(10):
+        area = height * width * random.uniform(0.08, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSet(ImageSet):
+    """Image files as squares of `size` pixels: augmented by `random_part`, otherwise cut out by `centre`.
+
+    `names` (n,) are paths relative to the folder `root`, as bytes in one array (a list of a million strings would
+    gradually be copied into every worker); `labels` (n,) int64 in 0..num_classes−1; `mode` is "RGB" or "L".
+    """
+
+    root: str
+    names: np.ndarray
+    labels: torch.Tensor
+    num_classes: int
+    normalization: Normalization
+    mode: str = "RGB"
+    size: int = 224
+    reported: set = field(default_factory=set, init=False, repr=False)
+
+    @property
+    def image_shape(self):
+        """(C, M, N)"""
+        return len(self.mode), self.size, self.size
+
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
+
+    def select(self, indices, labels, num_classes):
+        """The set of the images `indices`, with as many new `labels`."""
+        return replace(self, names=self.names[indices.numpy()], labels=labels, num_classes=num_classes)
+
+    def batches(self, loader):
+        """The batches of a `Loader`."""
+        normalize = self.normalization.on(loader.device, self.size)
+        for images, labels, bad in _read(_Reader(self, loader.key), loader):
+            for path, why in bad:
+                problem = f"{path}: not a readable image ({why})"
+                if not loader.skip:
+                    raise UserError(f"{problem}; repair or remove it, or pass --bad-images skip")
+                if path not in self.reported:
+                    self.reported.add(path)
+                    _log.warning("%s, skipped", problem)
+            images = images.to(loader.device, non_blocking=True)
+            yield normalize(images), labels.to(loader.device, non_blocking=True)
+
+
+class _Reader(Dataset):
+    """Reads whole batches: indices (B,) -> images (B, size, size, C) uint8, labels (B,), bad files [(path, why)]."""
+
+    def __init__(self, files, key):
+        self.files, self.key = files, key
+
+    def __getitem__(self, indices):
+        channels, height, width = self.files.image_shape
+        images = np.empty((len(indices), height, width, channels), np.uint8)
+        good, bad = [], []
+        for index in indices.tolist():
+            try:
+                images[len(good)] = self._read(index).reshape(height, width, channels)
+                good.append(index)
+            except Exception as error:  # decoders answer foreign bytes with any exception
+                bad.append((self.files.path(index), _reason(error)))
+        return torch.from_numpy(images[: len(good)]), self.files.labels[good], bad
+
+    def _read(self, index):
+        with open(self.files.path(index), "rb") as file:
+            image = Image.open(file).convert(self.files.mode)
+        if self.key is None:
+            return np.asarray(centre(image, self.files.size))
+        return np.asarray(random_part(image, self.files.size, generator(*self.key, index)))
+
+
+def _reason(error):
+    """Why an image could not be read, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "unknown format"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read(reader, loader):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+        return iter(
+            DataLoader(
+                reader,
+                sampler=loader.steps,
+                batch_size=None,
+                num_workers=loader.workers,
+                worker_init_fn=_leave_signals_to_the_parent,
+                pin_memory=loader.device.type == "cuda",
+                generator=torch.Generator(),  # the global one belongs to the training
+            )
+        )
+
+
+def _leave_signals_to_the_parent(_):
+    """Ctrl-C and a scheduler's SIGTERM reach all processes of a job; the parent decides when its workers stop."""
+    warnings.filterwarnings("ignore", module="PIL")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_stop_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _stop_when_the_parent_says(parent):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
