@@ -1,4 +1,4 @@
-"""Standardisation of every channel to mean 0 and variance 1 (`Std`)."""
+"""Standardisation of every channel to mean 0 and variance 1 (`Std`), and batch norm, over all processes together."""
 
 import torch
 import torch.distributed as dist
@@ -8,9 +8,14 @@ EPSILON = 1e-5
 MOMENTUM = 0.1
 
 
+def is_distributed():
+    """Whether this process is one of several in a distributed training."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def sum_over_ranks(*tensors):
     """Sum each tensor over all processes of a distributed training, in place and without gradients."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_distributed():
         for tensor in tensors:
             dist.all_reduce(tensor)
     return tensors
@@ -18,7 +23,7 @@ def sum_over_ranks(*tensors):
 
 def count_over_ranks(count, device):
     """Sum a number over all processes of a distributed training."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return count
     (total,) = sum_over_ranks(torch.tensor(count, device=device))
     return int(total)
@@ -38,6 +43,27 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
+def centre(x, zero_mean=False):
+    """Subtract from x (B, C, M, N), real or complex, the mean of its channels over the batches of all processes.
+
+    Returns the centred x, the mean (C,), the biased variance E|x - m|² (C,) and the count of samples, all in float32
+    at least: autocast hands over bfloat16. With `zero_mean` nothing is subtracted.
+    """
+    x = x.float() if x.dtype in (torch.bfloat16, torch.half) else x
+    count = count_over_ranks(x.numel() // x.shape[1], x.device)
+    mean = x.new_zeros(x.shape[1]) if zero_mean else _SumOverRanks.apply(x.sum((0, 2, 3))) / count
+    centred = x - mean[:, None, None]
+    energy = centred.real**2 + centred.imag**2 if x.is_complex() else centred**2
+    return centred, mean, _SumOverRanks.apply(energy.sum((0, 2, 3))) / count, count
+
+
+@torch.no_grad()
+def move_statistics(running_mean, running_var, mean, var, count, momentum=MOMENTUM):
+    """Move running statistics towards a batch's mean and unbiased variance; `var` is the biased one, of `count`."""
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
+
+
 class Standardization(nn.Module):
     """(B, C, M, N) real or complex -> same, with running mean and variance over batch and space, no affine map.
 
@@ -55,29 +81,15 @@ class Standardization(nn.Module):
         self.register_buffer("var", torch.ones(signal.channels))
 
     def forward(self, x):
-        mean, var = self.batch_statistics(x) if self.training else (self.mean, self.var)
-        scale = torch.rsqrt(var + EPSILON)
-        return (x - mean[:, None, None]) * scale[:, None, None]
-
-    def batch_statistics(self, x):
-        """Mean (C,) and biased variance (C,) of a batch; updates the running ones."""
-        dims = (0, 2, 3)
-        count = count_over_ranks(x.numel() // x.shape[1], x.device)
-        if self.homogeneous:
-            mean = torch.zeros_like(self.mean)
-        else:
-            mean = _SumOverRanks.apply(x.sum(dims)) / count
-        centred = x - mean[:, None, None]
-        energy = centred.real**2 + centred.imag**2 if x.is_complex() else centred**2
-        var = _SumOverRanks.apply(energy.sum(dims)) / count
+        if not self.training:
+            return (x - self.mean[:, None, None]) * torch.rsqrt(self.var + EPSILON)[:, None, None]
+        centred, mean, var, count = centre(x, self.homogeneous)
         self.update(mean, var, count)
-        return mean, var
+        return centred * torch.rsqrt(var + EPSILON)[:, None, None]
 
-    @torch.no_grad()
     def update(self, mean, var, count):
         """Move the running statistics towards a batch's mean and biased variance over `count` samples."""
-        self.mean.lerp_(mean, MOMENTUM)
-        self.var.lerp_(var * (count / max(count - 1, 1)), MOMENTUM)
+        move_statistics(self.mean, self.var, mean, var, count)
 
     def extra_repr(self):
         return f"{self.out.channels}" + (", homogeneous" if self.homogeneous else "")
@@ -98,16 +110,12 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of all processes of a distributed training together."""
 
     def forward(self, x):
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not (self.training and distributed):
+        if not (self.training and is_distributed()):
             return super().forward(x)
-        count = count_over_ranks(x.numel() // x.shape[1], x.device)
-        mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        var = _SumOverRanks.apply((centred**2).sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        x = centred * torch.rsqrt(var + self.eps)[:, None, None]
-        return x if self.weight is None else x * self.weight[:, None, None] + self.bias[:, None, None]
+        centred, mean, var, count = centre(x)
+        self.num_batches_tracked += 1
+        move_statistics(self.running_mean, self.running_var, mean, var, count, self.momentum)
+        y = centred * torch.rsqrt(var + self.eps)[:, None, None]
+        if self.affine:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        return y.to(x.dtype)

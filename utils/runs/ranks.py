@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from models.standardization import SharedBatchNorm2d
 from utils.device import pick_device
 from utils.errors import UserError
 
@@ -74,41 +75,6 @@ def join(device_name, environ=os.environ):
         raise UserError(f"--device {device_name}: several processes need cuda or cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(device, dist.get_rank(), size)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """A sum over all ranks; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(context, tensor):
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(context, gradient):
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with the statistics of the batches of all ranks together, on any device."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        parts = torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])])  # (C + 1,)
-        parts = _SumOverRanks.apply(parts)
-        count, mean = parts[-1].detach(), parts[:-1] / parts[-1]
-        centred = x - mean[:, None, None]
-        var = _SumOverRanks.apply((centred**2).sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
-        x = centred * torch.rsqrt(var + self.eps)[:, None, None]
-        return x if self.weight is None else x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 def share_batch_norm(network):
