@@ -13,9 +13,11 @@ Black Boxes", JMLR 25 (2024): sections and figures are the paper's.
 import dataclasses
 import functools
 import hashlib
+import operator
 import shlex
 
 from models.signal import output_size
+from utils.experiments.published import load_published
 
 IMAGENET = "PATH/TO/IMAGENET"
 SCALES = ("paper", "laptop")
@@ -387,23 +389,27 @@ LAPTOP = Scale(
     many=20,
 )
 
-# Figure 3, top-1 in percent for width scalings 2^-3 ... 2^2 (the widest is trained but has no number there).
-FIGURE_3 = {
-    "trained": (88.0, 89.7, 91.1, 91.6, 91.9, 91.9),
-    "retrained": (67.15, 77.13, 81.68, 85.52, 87.55, 88.72),
-    "resampled": (54.8, 67.2, 76.3, 81.4, 84.0, 84.7),
-}
 
+def _published(scale, figure, name, *place, accuracy="acc1"):
+    """{"acc1" or "acc5": percent, "source": figure of the paper}: the number `name` at `place` published with a figure.
 
-def _published_in_figure_3(scale, kind, exponent):
-    if scale is not PAPER or exponent > 2:
+    None at scales other than the paper's.
+    """
+    if scale is not PAPER:
         return None
-    return {"acc1": FIGURE_3[kind][exponent + 3], "source": "figure 3"}
+    numbers = load_published()[figure]
+    return {accuracy: functools.reduce(operator.getitem, place, numbers[name]), "source": numbers["source"]}
+
+
+def _published_by_width(scale, name, width):
+    """What `_published` gives of figure 3 for a width, None for widths that were not published."""
+    widths = load_published()["resampling_width"]["widths"] if scale is PAPER else []
+    return _published(scale, "resampling_width", name, widths.index(width)) if width in widths else None
 
 
 def gaussianity(scale):
     """Many networks of one width (figures 1, 2, 8): are their weights Gaussian once aligned and whitened?"""
-    published = {"acc1": 88.3, "source": "figure 8, j = 4, full rank"} if scale is PAPER else None
+    published = _published(scale, "clipping", "accuracy_weight_4", -1)
     return [
         train(
             Scattering(scale.deep),
@@ -427,7 +433,7 @@ def resampling(scale):
     for exponent in scale.resampling_widths:
         network = Scattering(scaled(scale.deep, exponent), skip=scale.resampling_skip)
         place = {"scale": scale.name, "width": 2.0**exponent}
-        published = functools.partial(_published_in_figure_3, scale, exponent=exponent)
+        published = functools.partial(_published_by_width, scale, width=2.0**exponent)
         trained = train(
             network,
             scale.data,
@@ -438,7 +444,7 @@ def resampling(scale):
             **place,
         )
         sampled = resample(
-            trained, network, scale.data, scale.repeats, serves=((3, "rainbow"),), published=published("resampled")
+            trained, network, scale.data, scale.repeats, serves=((3, "rainbow"),), published=published("rainbow")
         )
         retrained = retrain(
             sampled,
@@ -490,7 +496,7 @@ def activation_convergence(scale):
     resnets = []
     for exponent in scale.resnet_widths:
         shown = exponent == scale.resnet_shown
-        published = {"acc5": 89.0, "source": "figure 7"} if shown and scale is PAPER else None
+        published = _published(scale, "imagenet_spectra", "resnet_acc5", accuracy="acc5") if shown else None
         resnets.append(
             train(
                 ResNet(2.0**exponent),
@@ -524,7 +530,7 @@ def weight_convergence(scale):
         )
 
     *inner, last = scale.shallow
-    published = {"acc1": 80.9, "source": "figure 6 c, full rank"} if scale is PAPER else None
+    published = _published(scale, "covariance_convergence", "clip_accuracies", 0, -1)
     widths = [
         variant((*scaled(inner, exponent), last), "-scalewidth", init, width=2.0**exponent, serves=[(6, "widths")])
         for exponent in scale.weight_widths
@@ -538,7 +544,7 @@ def weight_convergence(scale):
 
 def imagenet_spectra(scale):
     """The complex skip network (figure 7); the ResNet beside it is one of `activation_convergence`."""
-    published = {"acc5": 89.0, "source": "figure 7"} if scale is PAPER else None
+    published = _published(scale, "imagenet_spectra", "scattering_acc5", accuracy="acc5")
     return [
         train(
             scale.large,

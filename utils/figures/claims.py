@@ -1,349 +1,223 @@
-"""What the paper claims with each figure, put to the numbers of a run: claim, published, this run, holds or not.
+"""The paper's claims, checked against numbers: claim, published, this run, holds or not.
 
-Every claim is a function of one figure's numbers alone, so that the tests put the same ones to the saved data.
+One function per figure, named like it, yields (claim, published, measured, holds) from the figure's numbers and the
+published ones alone, so that the command, the notebook and the tests check the same claims.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from utils.figures.data import FigureData
-
-NOISE = 0.1  # errors of equal widths differ by as much, relatively, from one initialisation to the next
+NOISE = 0.1  # relative difference of errors between initialisations of the same width
+PLOT, OURS = "plot only", "not in the paper"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of a figure. published, measured: for a reader; holds: None where this scale cannot tell; note: why."""
+    """A claim of figure `figure`: in words, what was published, what this run measured, and whether it holds."""
 
     figure: int
     text: str
     published: str
     measured: str
-    holds: bool | None
-    note: str = ""
+    holds: bool
 
 
-def claims_of(figure: int, numbers: FigureData) -> list[Claim]:
-    """The claims of a figure, put to its numbers."""
-    return [Claim(figure, *claim) for claim in CLAIMS[figure](numbers)]
+def gaussian_histograms(numbers, paper):
+    """Figure 1."""
 
+    def above(p):
+        return f"{(p > 0.01).sum()} of {p.size} above 1 %"
 
-def _gaussian(numbers):
     p = numbers["p_values"]
-    passed = (p > 0.01).mean()
-    return [
-        (
-            "whitened weights are Gaussian along principal directions: not all p-values (KS test) are below 1 %",
-            "8 of 9 above 1 %",
-            f"{int((p > 0.01).sum())} of {p.size} above 1 % (median {np.median(p):.3f})",
-            bool(passed > 0),
-        )
-    ]
+    yield (
+        "whitened weights are Gaussian along principal directions: not all p-values (KS test) are below 1 %",
+        above(paper["p_values"]),
+        f"{above(p)} (median {np.median(p):.3f})",
+        (p > 0.01).any(),
+    )
 
 
-def _bulk(numbers):
-    coloured, white = numbers["outside_coloured"], numbers["outside_white"]
-    return [
-        (
-            "at every layer fewer eigenvalues of whitened than of coloured weights lie outside the bulk",
-            "21.1, 12.1, 26.8 % coloured; 1.6, 3.9, 8.4 % whitened",
-            f"{_list(100 * coloured)} % coloured; {_list(100 * white)} % whitened",
-            bool((white < coloured).all()),
-        )
-    ]
+def marchenko_pastur(numbers, paper):
+    """Figure 2."""
+
+    def outside(n):
+        return "; ".join(f"{_list(100 * n[f'outside_{name}'])} % {word}" for name, word in words.items())
+
+    words = {"coloured": "coloured", "white": "whitened"}
+    yield (
+        "at every layer fewer eigenvalues of whitened than of coloured weights lie outside the bulk",
+        outside(paper),
+        outside(numbers),
+        (numbers["outside_white"] < numbers["outside_coloured"]).all(),
+    )
 
 
-def _resampling(numbers):
-    rainbow, trained, white = numbers["rainbow"], numbers["trained"], numbers["white"]
-    gap = trained - rainbow
-    return [
-        (
-            "the accuracy of rainbow networks rises with width towards that of trained ones",
-            "54.8 to 84.7 %, 33.2 to 7.2 points below the trained",
-            f"{rainbow[0]:.1f} to {rainbow[-1]:.1f} %, {gap[0]:.1f} to {gap[-1]:.1f} points below the trained",
-            bool(_rises(rainbow, 2.0) and gap[-1] < gap[0]),
-        ),
-        (
-            "training its classifier brings a rainbow network nearer to the trained one",
-            "67.2 to 88.7 %",
-            f"{numbers['retrained'][0]:.1f} to {numbers['retrained'][-1]:.1f} %",
-            bool((numbers["retrained"] >= rainbow - 1).all()),
-        ),
-        (
-            "rainbow networks with a trained classifier are above white random features (ours)",
-            "not in the paper",
-            f"by {_list(numbers['retrained'] - white)} points",
-            bool((numbers["retrained"] > white).all()),
-        ),
-        (
-            "rainbow networks with a rotated classifier beat white random features with a trained one (ours)",
-            "not in the paper",
-            f"by {_list(rainbow - white)} points",
-            bool((rainbow > white).all()),
-        ),
-    ]
+def resampling_width(numbers, paper):
+    """Figure 3, and two claims of ours about white random features."""
+
+    def approach(n):
+        return f"{_ends(n['rainbow'])} %, {_ends(n['trained'] - n['rainbow'])} points below trained networks"
+
+    rainbow, retrained, white = numbers["rainbow"], numbers["retrained"], numbers["white"]
+    gap = numbers["trained"] - rainbow
+    rises = rainbow[-1] > rainbow[0] and (np.diff(rainbow) > -2).all()
+    yield (
+        "the accuracy of rainbow networks rises with width towards that of trained networks",
+        approach(paper),
+        approach(numbers),
+        rises and gap[-1] < gap[0],
+    )
+    yield (
+        "training its classifier brings a rainbow network closer to the trained one",
+        f"{_ends(paper['retrained'])} %",
+        f"{_ends(retrained)} %",
+        (retrained >= rainbow - 1).all(),
+    )
+    yield (
+        "rainbow networks with a trained classifier beat white random features (ours)",
+        OURS,
+        f"by {_list(retrained - white)} points",
+        (retrained > white).all(),
+    )
+    yield (
+        "rainbow networks with a rotated classifier beat white random features with a trained one (ours)",
+        OURS,
+        f"by {_list(rainbow - white)} points",
+        (rainbow > white).all(),
+    )
 
 
-def _rises(values, noise):
-    """Whether values rise from first to last, and no step falls by more than the noise."""
-    return values[-1] > values[0] and (np.diff(values) > -noise).all()
+def activation_spectra(numbers, paper):
+    """Figure 4."""
+    decades = {j: _decades(numbers[f"layer_{j}"]) for j in numbers["layers"]}
+    yield (
+        "activation spectra decay by at least two orders of magnitude",
+        PLOT,
+        ", ".join(f"{value:.1f} (j = {j})" for j, value in decades.items()) + " orders",
+        min(decades.values()) >= 2,
+    )
 
 
-def _falls(errors):
-    """Whether errors fall from first to last, and no step rises by more than the noise."""
-    return errors[-1] < errors[0] and (errors[1:] < (1 + NOISE) * errors[:-1]).all()
-
-
-def _spectra(numbers):
-    decades = {int(j): _decades(numbers[f"layer_{j}"]) for j in numbers["layers"]}
-    return [
-        (
-            "activation spectra decay by at least two orders of magnitude",
-            "plot only",
-            ", ".join(f"{value:.1f} (j = {j})" for j, value in decades.items()) + " orders",
-            bool(min(decades.values()) >= 2),
-        )
-    ]
-
-
-def _decades(eigenvalues):
-    positive = eigenvalues[eigenvalues > 1e-12 * eigenvalues[0]]
-    return float(np.log10(positive[0] / positive[-1]))
-
-
-def _alignment(numbers):
-    claims = []
-    published = {"scattering": "first layer about .35 to below .05, others .55-.67 to .16-.25", "resnet": "plot only"}
-    for name, title in (("scattering", "scattering networks"), ("resnet", "ResNet-18")):
+def alignment_convergence(numbers, paper):
+    """Figure 5."""
+    first, low, high = paper["scattering_errors"]
+    ranges = " to ".join(f"{a:.2f}-{b:.2f}" for a, b in zip(low, high))
+    published = f"first layer about {first[0]:.2f} to below {first[1]:.2f}, others {ranges}"
+    for name, title, known in (("scattering", "scattering networks", published), ("resnet", "ResNet-18", PLOT)):
         errors = numbers[f"{name}_errors"]
         falls = [_falls(row) for row in errors]
-        claims.append(
-            (
-                f"the alignment error to the widest network falls with width in every layer but noise ({title})",
-                published[name],
-                f"{sum(falls)} of {len(falls)} layers; mean {errors[:, 0].mean():.2f} to {errors[:, -1].mean():.2f}",
-                bool(all(falls)),
-            )
+        yield (
+            f"the alignment error to the widest network falls with width in every layer, up to noise ({title})",
+            known,
+            f"{sum(falls)} of {len(falls)} layers; mean {_ends(errors.mean(axis=0), 2)}",
+            all(falls),
         )
-    return claims
 
 
-def _covariance(numbers):
+def covariance_convergence(numbers, paper):
+    """Figure 6."""
     errors = numbers["errors"]
-    full = numbers["clip_accuracies"][:, -1]
-    ranks, accuracies = numbers["clip_ranks"], numbers["clip_accuracies"][-1]
-    enough = int(ranks[np.argmax(accuracies >= full[-1] - 1)])
-    return [
-        (
-            "the distance of weight covariances to those of the widest networks falls with width but noise",
-            "plot only",
-            "; ".join(f"{row[0]:.2f} to {row[-1]:.2f} (j = {j})" for j, row in zip(numbers["error_layers"], errors)),
-            bool(all(_falls(row) for row in errors)),
-        ),
-        (
-            "a few principal directions hold all the accuracy",
-            "79.8 of 80.9 % at 40 of 320 directions",
-            f"within 1 point of {full[-1]:.1f} % at {enough} of {ranks[-1]} directions",
-            bool(enough <= ranks[-1] / 4),
-        ),
-    ]
-
-
-def _imagenet(numbers):
-    measured = []
-    for name in ("scattering", "resnet"):
-        decades = [_decades(numbers[f"{name}_activations_{j}"]) for j in numbers[f"{name}_layers"]]
-        measured.append(min(decades))
-    return [
-        (
-            "activation spectra of large networks decay fast at every layer",
-            "plot only",
-            f"at least {measured[0]:.1f} (scattering) and {measured[1]:.1f} (ResNet-18) orders",
-            bool(min(measured) >= 2),
-        )
-    ]
-
-
-def _clipping(numbers):
-    claims, layers = [], numbers["layers"]
-    tenth = {}
-    for j in layers:
-        ranks = numbers[f"ranks_{j}"]
-        place = int(np.argmin(np.abs(ranks - ranks[-1] / 10)))
-        tenth[int(j)] = [float(numbers[f"accuracy_{name}_{j}"][place]) for name in ("weight", "kernel", "random")]
-    for j in layers[:2]:
-        weight, kernel, chance = tenth[int(j)]
-        claims.append(
-            (
-                f"clipped to a tenth of the rank, weight and kernel PCA are 10 points above random (j = {j})",
-                "88.3, 87.8 and 58.1 % (j = 4)",
-                f"{weight:.1f}, {kernel:.1f} and {chance:.1f} %",
-                bool(min(weight, kernel) >= chance + 10),
-            )
-        )
-    beside = "; ".join(f"{values[0]:.1f} and {values[1]:.1f} % (j = {j})" for j, values in tenth.items())
-    claims.append(
-        (
-            "weight PCA needs no more directions than kernel PCA: as accurate at a tenth of the rank",
-            "88.3 and 87.8 % (j = 4)",
-            beside,
-            bool(all(v[0] >= v[1] - 1 for v in tenth.values())),
-        )
+    yield (
+        "the distance of weight covariances to those of the widest networks falls with width, up to noise",
+        PLOT,
+        "; ".join(f"{_ends(row, 2)} (j = {j})" for j, row in zip(numbers["error_layers"], errors)),
+        all(_falls(row) for row in errors),
     )
-    return claims
+    ranks, accuracies = paper["clip_ranks"], paper["clip_accuracies"][-1]
+    eighth = nearest(ranks, ranks[-1] / 8)
+    published = f"{accuracies[eighth]:.1f} of {accuracies[-1]:.1f} % at {ranks[eighth]} of {ranks[-1]} directions"
+    ranks, accuracies = numbers["clip_ranks"], numbers["clip_accuracies"][-1]
+    enough = ranks[np.argmax(accuracies >= accuracies[-1] - 1)]
+    yield (
+        "a few principal directions carry all the accuracy",
+        published,
+        f"within 1 point of {accuracies[-1]:.1f} % at {enough} of {ranks[-1]} directions",
+        enough <= ranks[-1] / 4,
+    )
 
 
-def _dynamics(numbers):
+def imagenet_spectra(numbers, paper):
+    """Figure 7."""
+
+    def slowest(name):
+        return min(_decades(numbers[f"{name}_activations_{j}"]) for j in numbers[f"{name}_layers"])
+
+    scattering, resnet = slowest("scattering"), slowest("resnet")
+    yield (
+        "activation spectra of large networks decay fast at every layer",
+        PLOT,
+        f"at least {scattering:.1f} (scattering) and {resnet:.1f} (ResNet-18) orders",
+        min(scattering, resnet) >= 2,
+    )
+
+
+def clipping(numbers, paper):
+    """Figure 8."""
+
+    def at_a_tenth(n, j, ranks):
+        place = nearest(ranks, ranks[-1] / 10)
+        return [n[f"accuracy_{basis}_{j}"][place] for basis in ("weight", "kernel", "random")]
+
+    tenth = {j: at_a_tenth(numbers, j, numbers[f"ranks_{j}"]) for j in numbers["layers"]}
+    published = at_a_tenth(paper, 4, paper["ranks"])
+    words = "{:.1f}, {:.1f} and {:.1f} %"
+    for j, (weight, kernel, chance) in list(tenth.items())[:2]:
+        yield (
+            f"clipped to a tenth of the rank, weight and kernel PCA beat a random basis by 10 points (j = {j})",
+            words.format(*published) + " (j = 4)",
+            words.format(weight, kernel, chance),
+            min(weight, kernel) >= chance + 10,
+        )
+    words = "{:.1f} and {:.1f} %"
+    yield (
+        "weight PCA needs no more directions than kernel PCA: as accurate at a tenth of the rank",
+        words.format(*published) + " (j = 4)",
+        "; ".join(f"{words.format(*values)} (j = {j})" for j, values in tenth.items()),
+        all(weight >= kernel - 1 for weight, kernel, _ in tenth.values()),
+    )
+
+
+def training_dynamics(numbers, paper):
+    """Figure 9."""
     final, cosine = numbers["amplification"][-1], numbers["cosine"][-1]
     third = max(len(final) // 3, 1)
     head, tail = np.exp(np.log(final[:third]).mean()), np.exp(np.log(final[-third:]).mean())
-    return [
-        (
-            "training amplifies the weights along the first principal directions, less with rank",
-            "plot only",
-            f"{final[0]:.1f} in the first direction; mean {head:.2f} in the first third, {tail:.2f} in the last",
-            bool(final[0] > 1.5 and head > tail),
-        ),
-        (
-            "training amplifies the weights more than it turns them",
-            "plot only",
-            f"cosine similarity: median {np.median(cosine):.2f}, first direction {cosine[0]:.2f}",
-            bool(np.median(cosine) > 0.5),
-        ),
-    ]
+    yield (
+        "training amplifies the weights along the first principal directions, less with rank",
+        PLOT,
+        f"{final[0]:.1f} in the first direction; mean {head:.2f} in the first third, {tail:.2f} in the last",
+        final[0] > 1.5 and head > tail,
+    )
+    yield (
+        "training amplifies the weights more than it rotates them",
+        PLOT,
+        f"cosine similarity: median {np.median(cosine):.2f}, first direction {cosine[0]:.2f}",
+        np.median(cosine) > 0.5,
+    )
+
+
+def nearest(values, target):
+    """Position of the value closest to the target."""
+    return int(np.argmin(np.abs(values - target)))
+
+
+def _falls(errors):
+    """Whether errors fall from first to last and no step rises by more than the noise."""
+    return errors[-1] < errors[0] and (errors[1:] < (1 + NOISE) * errors[:-1]).all()
+
+
+def _decades(eigenvalues):
+    """Orders of magnitude between the first eigenvalue and the last that is not a rounding error."""
+    positive = eigenvalues[eigenvalues > 1e-12 * eigenvalues[0]]
+    return np.log10(positive[0] / positive[-1])
+
+
+def _ends(values, digits=1):
+    return f"{values[0]:.{digits}f} to {values[-1]:.{digits}f}"
 
 
 def _list(values):
     return ", ".join(f"{value:.1f}" for value in values)
-
-
-CLAIMS: dict[int, Callable] = {
-    1: _gaussian,
-    2: _bulk,
-    3: _resampling,
-    4: _spectra,
-    5: _alignment,
-    6: _covariance,
-    7: _imagenet,
-    8: _clipping,
-    9: _dynamics,
-}
-
-
-# --- Beside the paper: rows (what, published, this run) for the table under a figure of another scale --------------
-
-
-def comparison(figure: int, numbers: FigureData, published: dict) -> list[tuple[str, str, str]]:
-    """Rows (what, published, this run) of the numbers published for a figure; [] where none were."""
-    rows = COMPARISONS.get(figure)
-    return rows(numbers, published) if rows else []
-
-
-def _compare_gaussian(numbers, published):
-    rows = []
-    for i, rank in enumerate(published["ranks"]):
-        for k, layer in enumerate(published["layers"]):
-            own = f"{numbers['p_values'][i, k]:.3f} (r = {numbers['ranks'][i]}, j = {numbers['layers'][k]})"
-            rows.append((f"p-value, r = {rank}, j = {layer}", f"{published['p_values'][i][k]:.4g}", own))
-    return rows
-
-
-def _compare_bulk(numbers, published):
-    return [
-        (
-            f"outside the bulk, {name}, j = {layer}",
-            f"{100 * published[f'outside_{name}'][k]:.1f} %",
-            f"{100 * numbers[f'outside_{name}'][k]:.1f} % (j = {numbers['layers'][k]})",
-        )
-        for name in ("coloured", "white")
-        for k, layer in enumerate(published["layers"])
-    ]
-
-
-def _compare_resampling(numbers, published):
-    rows = []
-    for name, title in (("trained", "trained"), ("retrained", "rainbow + trained classifier"), ("rainbow", "rainbow")):
-        own = dict(zip(numbers["widths"].tolist(), numbers[name].tolist()))
-        rows += [
-            (f"{title}, s = {width:g}", f"{value:.2f} %", f"{own[width]:.1f} %" if width in own else "")
-            for width, value in zip(published["widths"], published[name])
-        ]
-    return rows
-
-
-def _compare_alignment(numbers, published):
-    errors, widths = numbers["scattering_errors"], numbers["scattering_widths"]
-    rows = []
-    for i, place in ((0, 0), (1, -1)):
-        at = f"s = {published['widths'][i]:g}"
-        here = f"(s = {widths[place]:g})"
-        others = errors[1:, place]
-        rows.append(
-            (
-                f"first layer, {at}",
-                f"{'about' if i == 0 else 'below'} {published['first'][i]}",
-                f"{errors[0, place]:.2f} {here}",
-            )
-        )
-        rows.append(
-            (
-                f"other layers, {at}",
-                f"{published['others_low'][i]} to {published['others_high'][i]}",
-                f"{others.min():.2f} to {others.max():.2f} {here}" if len(others) else "",
-            )
-        )
-    return rows
-
-
-def _compare_covariance(numbers, published):
-    ranks, accuracies = numbers["clip_ranks"], numbers["clip_accuracies"][-1]
-    rows = []
-    for rank, value in zip(published["ranks"], published["accuracies"]):
-        place = int(np.argmin(np.abs(ranks - rank / published["ranks"][-1] * ranks[-1])))
-        rows.append(
-            (
-                f"clipped to d = {rank} of {published['ranks'][-1]}",
-                f"{value:.1f} %",
-                f"{accuracies[place]:.1f} % (d = {ranks[place]} of {ranks[-1]})",
-            )
-        )
-    return rows
-
-
-def _compare_imagenet(numbers, published):
-    return [
-        (f"top-5 accuracy, {name}", f"{value} %", f"{numbers[f'{name}_acc5']:.1f} %")
-        for name, value in published["acc5"].items()
-    ]
-
-
-def _compare_clipping(numbers, published):
-    rows = []
-    for (layer, bases), own in zip(published["layers"].items(), numbers["layers"]):
-        ranks = numbers[f"ranks_{own}"]
-        for name, values in bases.items():
-            for step, value in list(zip(published["steps"], values))[1:7]:
-                place = int(np.argmin(np.abs(ranks - step / published["of"] * ranks[-1])))
-                rows.append(
-                    (
-                        f"{name} basis, j = {layer}, d = {2 * step} % of D",
-                        f"{value:.1f} %",
-                        f"{numbers[f'accuracy_{name}_{own}'][place]:.1f} % (j = {own})",
-                    )
-                )
-    return rows
-
-
-COMPARISONS = {
-    1: _compare_gaussian,
-    2: _compare_bulk,
-    3: _compare_resampling,
-    5: _compare_alignment,
-    6: _compare_covariance,
-    7: _compare_imagenet,
-    8: _compare_clipping,
-}

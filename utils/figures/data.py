@@ -1,7 +1,7 @@
 """The numbers behind the figures, in small files: notebook_data/SCALE/NAME.npz, each with how it was made.
 
 A file holds arrays under plain names and one text, `provenance`: JSON with the command, commit and date that made the
-numbers, the experiments they are of, and a key of the checkpoints that were read.
+numbers, the experiments they were made from, and a key of the checkpoints that were read.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import atomic_write, read_json
+from utils.experiments.published import load_published
+from utils.files import atomic_write
 
 ROOT = Path("notebook_data")
-PUBLISHED = Path(__file__).parents[2] / ROOT / "published.json"
 
 
 @dataclass(frozen=True)
@@ -43,32 +43,36 @@ def data_path(scale: str, name: str, root: Path = ROOT) -> Path:
 
 
 def save_numbers(path: Path, data: FigureData) -> None:
-    """Writes the numbers, the whole file or nothing. Raises WriteError."""
+    """Write the numbers, the whole file or nothing. Raises WriteError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = np.array(json.dumps(data.provenance, ensure_ascii=False))
     atomic_write(path, lambda file: np.savez_compressed(file, provenance=text, **data.arrays))
 
 
 def load_numbers(path: Path) -> FigureData:
-    """Reads what `save_numbers` wrote. Raises UserError where it is missing or damaged."""
+    """Read what `save_numbers` wrote. Raises UserError if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         provenance = json.loads(str(arrays.pop("provenance")))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such numbers; make them with --recompute") from None
+        raise UserError(f"{path}: no such file; compute the numbers with --recompute") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not numbers of a figure ({error}); make them anew with --recompute") from None
+        raise UserError(f"{path}: not the numbers of a figure ({error}); recompute them with --recompute") from None
     return FigureData(arrays, provenance)
 
 
-def load_published() -> dict:
-    """The numbers published by the paper's authors, by figure. Raises UserError."""
-    return read_json(PUBLISHED)
+def published_numbers(name: str) -> FigureData | None:
+    """The numbers published with a figure, named like ours; None if only the plot was. Raises UserError."""
+    entries = load_published().get(name)
+    if entries is None:
+        return None
+    provenance = {key: entries.pop(key) for key in ("source", "note")}
+    return FigureData({key: np.array(values) for key, values in entries.items()}, provenance)
 
 
 def provenance(command: str, experiments: list[str], key: str) -> dict:
-    """How numbers were made, now, by `command` from the checkpoints of `experiments` that have this `key`."""
+    """How numbers were made: by `command`, now, from the checkpoints of `experiments`, which have this `key`."""
     return {
         "command": command,
         "commit": _commit(),
@@ -79,7 +83,7 @@ def provenance(command: str, experiments: list[str], key: str) -> dict:
 
 
 def checkpoints_key(files: list[Path], version: str) -> str:
-    """A key of the contents of checkpoint files, read from the checksums that they carry, and of a `version`."""
+    """A key of the contents of checkpoint files, from the checksums stored in them, and of a `version`."""
     key = hashlib.sha256(version.encode())
     for file in files:
         try:
@@ -92,7 +96,7 @@ def checkpoints_key(files: list[Path], version: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of this source tree, with a + where files differ from it; "unknown" outside a repository."""
+    """The commit of this source tree, with a + if files differ from it; "unknown" outside a repository."""
 
     def git(*arguments):
         folder = Path(__file__).parent
@@ -101,6 +105,6 @@ def _commit() -> str:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", "*.py") else "")
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

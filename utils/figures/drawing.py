@@ -1,10 +1,12 @@
 """The paper's nine figures drawn from their numbers: axes in, axes out (paper's figures 1 to 9).
 
-Every function takes matplotlib axes by name, the numbers (`utils/figure_numbers.py` says what they hold) and the
-published ones where they are to be drawn too, or None. Style comes from `paper.mplstyle`.
+Every function takes matplotlib axes by name, the numbers (numbers.py says what they hold) and the published ones if
+they are to be drawn too. Style comes from `paper.mplstyle`.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -15,6 +17,7 @@ from scipy import stats
 from rainbow.random_matrix import Decay, bulk_edges, marchenko_pastur_density
 from utils.figures.data import FigureData
 
+STYLE = Path(__file__).with_name("paper.mplstyle")
 BASES = {
     "weight": ("weight PCA", "tab:blue", "-"),
     "kernel": ("kernel PCA", "tab:green", "--"),
@@ -34,7 +37,7 @@ def width_label(width: float) -> str:
     return f"$2^{{{exponent:g}}}$" if exponent % 1 == 0 else f"{width:g}"
 
 
-def gaussian_histograms(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def gaussian_histograms(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 1: whitened aligned weights along principal directions against N(0, 1); axes "r0 j0" and so on."""
     x = np.linspace(-4, 4, 201)
     edges = numbers["edges"]
@@ -54,7 +57,7 @@ def gaussian_histograms(axes: dict[str, Axes], numbers: FigureData, published: d
                 ax.set_ylabel("density")
 
 
-def marchenko_pastur(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def marchenko_pastur(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 2: spectra of W_j (above) and of the whitened G_j (below) against Marchenko–Pastur."""
     rows = (("coloured", "W", "tab:purple"), ("white", "G", "tab:blue"))
     for column, layer in enumerate(numbers["layers"]):
@@ -93,7 +96,7 @@ def _spectrum_against_bulk(ax, eigenvalues, q, color):
     ax.set(ylim=(0, top), xlim=(-0.03 * max(eigenvalues.max(), high), 1.05 * max(eigenvalues.max(), edges[-1])))
 
 
-def resampling_width(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def resampling_width(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 3: accuracy against width of trained networks, rainbow networks, and (ours) white random features."""
     ax, widths = axes["accuracy"], numbers["widths"]
     lines = (
@@ -121,7 +124,7 @@ def resampling_width(axes: dict[str, Axes], numbers: FigureData, published: dict
     ax.legend(loc="lower right")
 
 
-def activation_spectra(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def activation_spectra(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 4: eigenvalues of E[φφᵀ] at one layer for all widths, and at all layers of the widest network."""
     layer, widths = int(numbers["layer"]), numbers["widths"]
     for width, color in zip(widths, shades("viridis", len(widths))):
@@ -154,7 +157,7 @@ def _floor(ax, lowest):
     ax.set_ylim(max(0.5 * values.min(), lowest), 2 * values.max())
 
 
-def alignment_convergence(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def alignment_convergence(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 5: test alignment error to the widest network against width, a line per layer."""
     titles = {"scattering": "scattering network", "resnet": "ResNet-18"}
     for name, title in titles.items():
@@ -162,8 +165,9 @@ def alignment_convergence(axes: dict[str, Axes], numbers: FigureData, published:
         for row, (layer, color) in enumerate(zip(layers, shades("plasma", len(layers)))):
             ax.plot(widths, numbers[f"{name}_errors"][row], color=color, marker="o", label=f"$j = {layer}$")
         if published is not None and name == "scattering":
-            for key, label in (("first", "published (read off)"), ("others_low", None), ("others_high", None)):
-                ax.plot(published["widths"], published[key], **OPEN, color="black", markersize=8, label=label)
+            errors = published["scattering_errors"].T
+            label = ["published (read off)", None, None]
+            ax.plot(published["scattering_widths"], errors, **OPEN, color="black", markersize=8, label=label)
         ax.set_xscale("log", base=2)
         ax.set(yscale="log", title=title, xlabel="width scaling $s$", xticks=widths)
         _plain_log_ticks(ax)
@@ -184,7 +188,7 @@ def _plain_log_ticks(ax):
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def covariance_convergence(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def covariance_convergence(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 6: the covariance of a layer converges with the number of networks and with width."""
     layer = int(numbers["layer"])
     _many_networks(axes["networks"], axes["clipped"], numbers, published)
@@ -237,11 +241,11 @@ def _many_networks(spectra, clipped, numbers, published):
     if published is not None:
         shift = offsets[-1]
         clipped.plot(
-            published["ranks"],
-            np.array(published["accuracies"]) + shift,
+            published["clip_ranks"],
+            published["clip_accuracies"][-1] + shift,
             **OPEN,
             color="black",
-            label=f"published, {published['count']}",
+            label=f"published, {published['counts'][-1]}",
         )
     clipped.set(xlabel="rank $d$", ylabel="test accuracy (top-1, %)", title=f"clipped layer $j = {layer}$")
     clipped.legend(title="networks (offset)", loc="lower right")
@@ -267,7 +271,7 @@ def _fitted(ax, fit, last):
     )
 
 
-def imagenet_spectra(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def imagenet_spectra(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 7: spectra of activations (drawn apart by layer) and of weights, of both large networks."""
     names = {"scattering": "scattering network", "resnet": "ResNet-18"}
     for name, title in names.items():
@@ -288,7 +292,7 @@ def imagenet_spectra(axes: dict[str, Axes], numbers: FigureData, published: dict
         _legend_beside(weights)
 
 
-def clipping(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def clipping(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 8: explained variance of the weights (above) and accuracy (below) against rank in three bases."""
     for column, layer in enumerate(numbers["layers"]):
         variance, accuracy = axes[f"variance j{column}"], axes[f"accuracy j{column}"]
@@ -296,10 +300,10 @@ def clipping(axes: dict[str, Axes], numbers: FigureData, published: dict | None 
         for name, (label, color, style) in BASES.items():
             variance.plot(ranks, 100 * numbers[f"explained_{name}_{layer}"], color=color, linestyle=style, label=label)
             accuracy.plot(ranks, numbers[f"accuracy_{name}_{layer}"], color=color, linestyle=style, label=label)
-            values = (published or {}).get("layers", {}).get(str(layer), {}).get(name, [])
-            steps = np.array((published or {"steps": []})["steps"][: len(values)])
-            if len(values):
-                accuracy.plot(steps * ranks[-1] / published["of"], values, **OPEN, color=color)
+            if published is not None and (key := f"accuracy_{name}_{layer}") in published:
+                shares = published["ranks"] / published["ranks"][-1]
+                values = published[key]
+                accuracy.plot(shares[: len(values)] * ranks[-1], values, **OPEN, color=color)
         variance.set(title=f"$j = {layer}$", ylim=(0, 103), xlim=(0, ranks[-1]))
         accuracy.set(xlabel="rank $d$", ylim=(0, 103), xlim=(0, ranks[-1]))
     axes["variance j0"].set_ylabel("explained variance (%)")
@@ -310,7 +314,7 @@ def clipping(axes: dict[str, Axes], numbers: FigureData, published: dict | None 
         axes["accuracy j0"].legend(loc="lower right")
 
 
-def training_dynamics(axes: dict[str, Axes], numbers: FigureData, published: dict | None = None) -> None:
+def training_dynamics(axes: dict[str, Axes], numbers: FigureData, published: FigureData | None = None) -> None:
     """Figure 9: amplification and rotation of the weights along the principal directions while training."""
     layer, epochs = int(numbers["layer"]), numbers["epochs"]
     colors = shades("summer_r", len(epochs), 0.1, 1.0)

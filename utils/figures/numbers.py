@@ -1,7 +1,7 @@
 """The numbers of the paper's nine figures, from the networks of the registry's experiments.
 
-A function for each figure takes a `Source` and what is `Shown`, and returns arrays by name, which
-`utils/figure_drawing.py` draws. j is the weight layer, counted from 1, and φ_{j-1} its input.
+One function per figure takes a `Source` and what is `Shown`, and returns arrays by name, which drawing.py draws.
+j is the weight layer, counted from 1, and φ_{j-1} its input.
 """
 
 from __future__ import annotations
