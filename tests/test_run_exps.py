@@ -28,7 +28,8 @@ TWO_WIDTHS = "^(?=.*WP[24]WP.*-norm)(?!.*-init)"
 @pytest.fixture
 def repository(tmp_path):
     shutil.copy(ROOT / "run_exps.py", tmp_path)
-    shutil.copytree(ROOT / "utils", tmp_path / "utils")
+    for folder in ("utils", "notebook_data"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     for script in ("main_block.py", "resample.py"):
         shutil.copy(ROOT / "tests" / "fake_script.py", tmp_path / script)
     return tmp_path
