@@ -39,7 +39,7 @@ KNOWN = {
     "utils.runs.options: function _add_network_options",
     "utils.runs.training: class Training",
 }
-UNNAMED = {"notebook_data", "rainbow", "soak"}  # temporary, likewise
+UNNAMED = {"soak"}  # temporary, likewise
 
 
 def is_under(name, prefix):
