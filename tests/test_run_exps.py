@@ -28,7 +28,7 @@ TWO_WIDTHS = "^(?=.*WP[24]WP.*-norm)(?!.*-init)"
 @pytest.fixture
 def repository(tmp_path):
     shutil.copy(ROOT / "run_exps.py", tmp_path)
-    for folder in ("utils", "notebook_data"):
+    for folder in ("utils", "models", "notebook_data"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for script in ("main_block.py", "resample.py"):
         shutil.copy(ROOT / "tests" / "fake_script.py", tmp_path / script)
