@@ -5,10 +5,11 @@ from torch import nn
 
 from models.classifier import complex_to_real, real_to_complex
 from models.config import BlockConfig
-from models.fast import from_planar, fused, to_planar
+from models.fast import FusedBlock
 from models.frame import Frame
 from models.names import IDENTITY, PROJECTIONS, check_names
 from models.nonlinearity import NonLinearity
+from models.planar import from_planar, to_planar
 from models.projection import Projection
 from models.scattering import WaveletTransform, concatenate
 from models.standardization import Normalization, Standardization
@@ -135,11 +136,10 @@ class Block(nn.Module):
     """One block: (B, C, M, N) -> (B, C', M', N'), each real or complex.
 
     `P` is its projection and `std` its standardisation, each None if there is none at the block's top level. `features`
-    gives the projection's input, W_j's input in the paper's notation φ_{j-1}; `project` goes on from there.
+    gives the projection's input, W_j's input in the paper's notation φ_{j-1}; `project` is what follows.
 
-    The blocks of the paper run as one operation (`models.fast`). They run module by module where `fast` is set to
-    False, where the projection or the standardisation carries hooks (which then see their true inputs and outputs),
-    and for numbers other than float32.
+    The blocks of the paper run as one operation (`models.fast`). They run module by module if `fast` is set to False,
+    if any of their modules has a hook or was replaced, and for numbers other than float32.
     """
 
     def __init__(self, signal, config: BlockConfig):
@@ -150,7 +150,8 @@ class Block(nn.Module):
         stages = list(self.body)
         projections = [index for index, stage in enumerate(stages) if isinstance(stage, Projection)]
         self._cut = projections[0] if projections else len(stages)
-        self._fused = fused(signal, stages)
+        self._fused = fused_block(signal, stages)
+        self._as_built = [(module, type(module), dict(module._modules)) for module in (self, *self.body.modules())]
         self.fast = True
 
     @property
@@ -164,7 +165,7 @@ class Block(nn.Module):
     def features(self, x):
         """(B, C, M, N) -> (B, D, M', N'), the input of the projection (the block's output if it has none)."""
         stages = list(self.body)[: self._cut]
-        if self._can_fuse(x.dtype) and not torch.is_grad_enabled():
+        if self.runs_fused(x.dtype) and not torch.is_grad_enabled():
             x = self._fused.features(x)
             stages = [stage for stage in stages if isinstance(stage, Standardization)]
         for stage in stages:
@@ -180,7 +181,7 @@ class Block(nn.Module):
     def forward(self, x):
         if self.runs_fused(x.dtype):
             return from_planar(self.forward_planar(to_planar(x)), 2 if self.out.complex else 1)
-        return self.project(self.features(x))
+        return self.body(x)
 
     def forward_planar(self, x):
         """`forward` from (B, M, N, p·C) to (B, M', N', q·C'), the form in which fused blocks hand maps on."""
@@ -200,10 +201,50 @@ class Block(nn.Module):
 
     def runs_fused(self, dtype):
         """Whether `forward` runs as one operation for images of this type."""
-        hooked = any(
-            module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in (self.P, self.std)
-        )
-        return self._can_fuse(dtype) and not hooked
+        if self._fused is None or not self.fast or dtype not in (torch.float, torch.cfloat):
+            return False
+        return all(_is_as_built(*each) for each in self._as_built)
 
-    def _can_fuse(self, dtype):
-        return self._fused is not None and self.fast and dtype in (torch.float, torch.cfloat)
+
+def exclude_from_compilation(network):
+    """Keep `torch.compile` from the fused operations of a network: their backward is their own."""
+    for block in network.modules():
+        if isinstance(block, Block) and block._fused is not None:
+            block.runs_fused = torch.compiler.disable(block.runs_fused)
+            block._fused.forward = torch.compiler.disable(block._fused.forward)
+
+
+def _is_as_built(module, kind, children):
+    """Whether a module has still its class and its children, and neither hooks nor a `forward` of its own."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    changed = type(module) is not kind or module._modules != children or "forward" in module.__dict__
+    return not (hooked or changed)
+
+
+def fused_block(signal, stages):
+    """The FusedBlock of a list of modules; None if they are not of its pattern, or of classes that it does not know.
+
+    The pattern is `Fw [rho] [Std] P|Pr|Pc [N]` with the complex modulus, ψ ↦ |ψ| or z ↦ [z, |z|].
+    """
+    stages = list(stages)
+
+    def take(kind):
+        return stages.pop(0) if stages and type(stages[0]) is kind else None
+
+    pattern = WaveletTransform, SkipConnection, Standardization, Projection, Normalization
+    transform, skip, std, projection, norm = map(take, pattern)
+    if stages or transform is None or projection is None or projection.basis is not None or not transform.number:
+        return None
+    if skip is None and signal.complex or not _is_plain_modulus(transform, skip):
+        return None
+    standardized = "homogeneous" if std is not None and std.homogeneous else std is not None
+    return FusedBlock(transform, signal, skip is not None, standardized, norm is not None)
+
+
+def _is_plain_modulus(transform, skip):
+    """Whether the only non-linearity is the complex modulus, at its place, with nothing beside it."""
+    if skip is None:
+        empty, rest = [transform.phi], list(transform.psi)
+    else:
+        empty, rest = [transform.phi, transform.psi, skip.left, skip.right], [skip.rho]
+    return not any(map(len, empty)) and len(rest) == 1 and type(rest[0]) is NonLinearity and rest[0].name == "mod"

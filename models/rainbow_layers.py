@@ -10,7 +10,7 @@ import torch
 import rainbow
 from models.block import Block
 from models.classifier import Classifier
-from models.fast import from_planar, to_planar
+from models.planar import from_planar, to_planar
 from models.projection import Projection
 from models.scatnet import ScatNet
 from models.standardization import EPSILON, Standardization

@@ -6,7 +6,7 @@ from torch import nn
 from models.block import Block
 from models.classifier import Classifier
 from models.config import ScatNetConfig
-from models.fast import from_planar, to_planar
+from models.planar import from_planar, to_planar
 from models.projection import Projection, apply_weight
 
 RGB_TO_YUV = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))

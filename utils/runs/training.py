@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.fast import FusedBlock
+from models.block import exclude_from_compilation
 from utils.errors import DivergedError, StoppedError, UserError
 from utils.runs.checkpoints import checkpoint_of, is_saved_epoch, save
 from utils.runs.ranks import keep_complex, share_batch_norm
@@ -341,9 +341,7 @@ def _wrapped(network, args, world):
             shared = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     if not args.compile:
         return shared, network
-    for module in network.modules():
-        if isinstance(module, FusedBlock):  # one operation with a backward of its own: nothing for a compiler
-            module.forward = torch.compiler.disable(module.forward)
+    exclude_from_compilation(network)
     return torch.compile(shared), torch.compile(network)
 
 
