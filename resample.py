@@ -19,10 +19,10 @@ from tqdm import tqdm
 import models
 from models import rainbow_layers
 from models.signal import Signal
-from rainbow import RainbowError
+from rainbow import RainbowError, weight_layers
 from rainbow.alignment import MeanNetwork
-from rainbow.layers import device_of, weight_layers
 from rainbow.moments import digest
+from rainbow.running import device_of
 from rainbow.sampling import METHODS, RainbowSampler
 from rainbow.widths import checked_widths
 from utils.data.datasets import load_datasets

@@ -26,9 +26,10 @@ from models.block import BlockConfig  # noqa: E402
 from models.scatnet import ScatNet, ScatNetConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
 from models.standard import StandardConfig, build_standard  # noqa: E402
+from rainbow import weight_layers  # noqa: E402
 from rainbow.alignment import MeanNetwork  # noqa: E402
-from rainbow.layers import evaluating, weight_layers  # noqa: E402
 from rainbow.moments import moments, stream_samples  # noqa: E402
+from rainbow.running import evaluating  # noqa: E402
 from rainbow.samples import triangle  # noqa: E402
 from rainbow.sampling import RainbowSampler  # noqa: E402
 

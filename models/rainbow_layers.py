@@ -14,10 +14,10 @@ from models.planar import from_planar, to_planar
 from models.projection import Projection
 from models.scatnet import ScatNet
 from models.standardization import EPSILON, Standardization
-from rainbow.layers import Skipped, device_of
-from rainbow.moments import input_of
+from rainbow.layers import Skipped
 from rainbow.norms import Norm
-from rainbow.program import Step
+from rainbow.program import INPUT, Step
+from rainbow.running import device_of, input_of
 from rainbow.samples import Samples
 
 
@@ -65,17 +65,17 @@ class ScatteringNetwork(rainbow.Architecture):
         planar, parts = self._runs_fused(example.dtype), 2 if network.blocks[-1].out.complex else 1
 
         def mix(env):
-            mixed = network.mix(env[rainbow.program.INPUT])
+            mixed = network.mix(env[INPUT])
             return to_planar(mixed) if planar else mixed
 
-        steps.append(Step(source, (rainbow.program.INPUT,), mix))
+        steps.append(Step(source, (INPUT,), mix))
         for index, block in enumerate(network.blocks):
             steps.append(BlockStep(f"block{index}", source, block, planar))
             source = f"block{index}"
         steps.append(ClassifierStep(source, network.classifier, parts if planar else None))
         return steps
 
-    def stream(self, layers, images, receive):
+    def stream(self, layers, images, patches, receive):
         network = self.module
         if not self._runs_fused(images.dtype):
             return False
@@ -93,7 +93,7 @@ class ScatteringNetwork(rainbow.Architecture):
             x = block.forward_from(columns, x)
         ((module, k),) = waiting.items()
         x = input_of(module, lambda: network.classifier(from_planar(x, 2 if block.out.complex else 1)))
-        receive(k, Samples.of(layers[k].samples(x)), None, True)
+        receive(k, Samples.of(layers[k].samples(x, patches)), None, True)
         return True
 
     def resized(self, widths):

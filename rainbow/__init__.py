@@ -7,10 +7,11 @@ from rainbow.alignment import Alignment, MeanNetwork
 from rainbow.analysis import Rainbow
 from rainbow.covariance import WeightCovariance
 from rainbow.errors import RainbowError
-from rainbow.layers import Layer, weight_layers
+from rainbow.layers import Layer
+from rainbow.network import weight_layers
 from rainbow.norms import Norm
-from rainbow.program import Step
-from rainbow.registry import Architecture, register
+from rainbow.program import Architecture, Step
+from rainbow.registry import register
 from rainbow.sampling import RainbowSampler
 
 __all__ = [

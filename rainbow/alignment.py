@@ -8,16 +8,20 @@ rows as samples as φ_a Ā, which is φ_a A for real ones. Layers with real weig
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rainbow.errors import RainbowError
-from rainbow.layers import Layer, evaluating, first_images
-from rainbow.moments import Moments, moments, resolve_layers, stream_inputs
+from rainbow.layers import Layer
+from rainbow.moments import Moments, moments, position_of, prepare
+from rainbow.network import Network
 from rainbow.norms import Affine, normalized_product
 from rainbow.precision import accumulation_device, to_double
+from rainbow.running import evaluating, first_images, stream_inputs
 from rainbow.samples import ChannelSums, ProductSum, Samples
 
 SAME = 1e-5  # least distance from 1 of a correlation that tells two channels apart
@@ -62,26 +66,34 @@ def alignment_error(A: Tensor, K: Tensor, aa: float, bb: float) -> float:
     return max(2 * (1 - ab / math.sqrt(aa * bb)), 0.0)  # rounding may leave -1e-7
 
 
-def is_same_input(moments: Moments, i: int, j: int, layer: int) -> bool:
+def is_same_input(found: Moments, i: int, j: int, layer: int) -> bool:
     """Whether each channel of network i is that of network j up to offset and scale: the alignment is the identity.
 
     So it is at the first layer of networks with the same wavelets, or of a network with itself.
     """
-    if moments.mean(i, layer).shape != moments.mean(j, layer).shape:
+    means, variances = ([of(n, layer) for n in (i, j)] for of in (found.mean, found.var))
+    if means[0].shape != means[1].shape:
         return False
-    product = moments.cross(i, j, layer).diagonal() - moments.mean(i, layer) * moments.mean(j, layer).conj()
-    scale = (moments.var(i, layer) * moments.var(j, layer)).sqrt()
+    product = found.cross(i, j, layer).diagonal() - means[0] * means[1].conj()
+    scale = (variances[0] * variances[1]).sqrt()
     tiny = torch.finfo(torch.float32).eps * scale.max()
-    dead = (moments.var(i, layer) <= tiny) & (moments.var(j, layer) <= tiny)
+    dead = (variances[0] <= tiny) & (variances[1] <= tiny)
     return bool((dead | (product.real >= (1 - SAME) * scale)).all())
 
 
-def align_networks(moments: Moments, i: int, j: int, layer: int) -> Tensor:
+def align_networks(found: Moments, i: int, j: int, layer: int) -> Tensor:
     """A from network i to network j at a layer: `align`, or the identity for the same fixed input. # (D_i, D_j)"""
-    K = moments.cross(i, j, layer)
-    if is_same_input(moments, i, j, layer):
+    K = found.cross(i, j, layer)
+    if is_same_input(found, i, j, layer):
         return torch.eye(len(K), dtype=torch.float64, device=K.device)
-    return align(K, moments.complex_weights[layer])
+    return align(K, found.complex_weights[layer])
+
+
+def warn_of_few_samples(layer: str, samples: int, dimension: int) -> None:
+    """Warns if there are fewer samples than dimensions."""
+    if samples < dimension:
+        text = f"layer {layer}: {samples} samples for {dimension} dimensions do not determine the result"
+        warnings.warn(f"{text}: give more images", stacklevel=3)
 
 
 class Alignment:
@@ -97,11 +109,11 @@ class Alignment:
         self.names: list[str] = []
 
     def fit(self, a: nn.Module, b: nn.Module, loader: Iterable, layers=None, **options) -> Alignment:
-        """Aligns a to b over images; layers and options as for `activations.moments`, and errors too."""
+        """Aligns a to b over images; layers and options as for `moments.moments`, and errors too."""
         return self.fit_moments(moments([a, b], layers, loader, auto=False, cross=[(0, 1)], **options), 0, 1)
 
     def fit_moments(self, found: Moments, i: int, j: int) -> Alignment:
-        """The same for networks i and j of moments that are already there, with means and the pair (i, j)."""
+        """The same for networks i and j of moments with means and the pair (i, j)."""
         self.names = found.names[i]
         layers = range(len(self.names))
         self._statistics = [[(found.mean(n, k), found.var(n, k)) for n in (i, j)] for k in layers]
@@ -115,7 +127,9 @@ class Alignment:
 
     def transform(self, layer: int | str, weights: Tensor) -> Tensor:
         """W_a A in b's space, for weights (N, D_a·k²) of a layer. # (N, D_b·k²)"""
-        return transport(weights, self.matrices[self._position(layer)])
+        if not self.matrices:
+            raise RainbowError("this alignment was not fitted yet")
+        return transport(weights, self.matrices[position_of(layer, self.names)])
 
     def score(self, a: nn.Module, b: nn.Module, loader: Iterable, layers=None, **options) -> list[float]:
         """The alignment error of every layer over other images (`alignment_error`)."""
@@ -127,11 +141,6 @@ class Alignment:
         if len(found.names[i]) != len(self.matrices):
             raise RainbowError(f"fitted on {len(self.matrices)} layers, asked to score {len(found.names[i])}")
         return [alignment_error(A, *self._products(found, i, j, k)) for k, A in enumerate(self.matrices)]
-
-    def _position(self, layer):
-        if not self.matrices:
-            raise RainbowError("this alignment was not fitted yet")
-        return self.names.index(layer) if layer in self.names else range(len(self.matrices))[layer]
 
     def _products(self, found, i, j, k):
         """K, E‖φ_a‖² and E‖φ_b‖², of activations standardised with the statistics fitted on where asked."""
@@ -150,50 +159,51 @@ class Alignment:
 class MeanNetwork:
     """The average of n networks, each aligned to it layer by layer (generalised Procrustes); one network is its own.
 
-    networks, layers: the networks and their `Layer`s, layers[i][k]; alignments[i][k]: (D_i, D), from network i into the
-    common space, that of the first network; unexplained[t][k]: the share of the networks' variance at layer k that the
-    target of iteration t (the first network, then the average before) leaves, Σ_i E‖φ_i A_i - target‖² / Σ_i E‖φ_i‖².
+    analysed, networks: the networks, with and without what is known of them; layers[i][k]: their `Layer`s;
+    alignments[i][k]: (D_i, D), from network i into the common space, that of the first network; unexplained[t][k]: the
+    share of the networks' variance at layer k that the target of iteration t (the first network, then the average
+    before) leaves, Σ_i E‖φ_i A_i - target‖² / Σ_i E‖φ_i‖².
     """
 
     def __init__(
         self,
-        networks: Sequence[nn.Module],
+        analysed: Sequence[Network],
         layers: Sequence[Sequence[Layer]],
         alignments: Sequence[Sequence[Tensor]],
         unexplained: Sequence[Sequence[float]],
     ):
-        self.networks, self.layers = list(networks), [list(each) for each in layers]
-        self.alignments, self.unexplained = [list(each) for each in alignments], [list(u) for u in unexplained]
+        self.analysed, self.networks = list(analysed), [network.module for network in analysed]
+        self.layers, self.alignments = [list(each) for each in layers], [list(each) for each in alignments]
+        self.unexplained = [list(line) for line in unexplained]
 
     @classmethod
     def fit(
         cls,
-        networks: Sequence[nn.Module],
-        loader: Iterable = (),
+        networks: Sequence[nn.Module | Network],
+        loader: Iterable | None = None,
         *,
-        layers=None,
+        layers: Any = None,
         num_iters: int = 2,
         device: torch.device | None = None,
     ) -> MeanNetwork:
         """Aligns n networks to the first, then num_iters times to their average.
 
-        Reads the loader 1 + num_iters times (once, for one batch, if there is one network). Layers, device and errors
-        as for `activations.moments`.
+        Reads the loader 1 + num_iters times; one network needs none, if its layers are defined in forward order.
+        Layers, device and errors as for `moments.moments`.
         """
-        networks = list(networks)
-        chosen, device = resolve_layers(networks, layers, loader, device)
-        identity = [
-            torch.eye(layer.channels, dtype=torch.float64, device=accumulation_device(device)) for layer in chosen[0]
-        ]
-        if len(networks) == 1:
-            return cls(networks, chosen, [identity], [[0.0] * len(identity)])
-        first = moments(networks, chosen, loader, auto=False, cross=0, device=device)
-        places, others = range(len(identity)), range(1, len(networks))
-        energies = [[first.energy(i, k) for k in places] for i in range(len(networks))]
+        if loader is None and len(networks) > 1:
+            raise RainbowError("several networks are aligned on images: give a loader")
+        analysed, chosen, device = prepare(networks, layers, loader, device)
+        where, places, others = accumulation_device(device), range(len(chosen[0])), range(1, len(analysed))
+        identity = [torch.eye(layer.channels, dtype=torch.float64, device=where) for layer in chosen[0]]
+        if len(analysed) == 1:
+            return cls(analysed, chosen, [identity], [[0.0] * len(identity)])
+        first = moments(analysed, chosen, loader, auto=False, cross=0, device=device)
+        energies = [[first.energy(i, k) for k in places] for i in range(len(analysed))]
         alignments = [identity] + [[align_networks(first, i, 0, k) for k in places] for i in others]
         inner = [energies[0]] + [[_inner(alignments[i][k], first.cross(i, 0, k)) for k in places] for i in others]
-        result = cls(networks, chosen, alignments, [])
-        result._note(energies, [energies[0]] * len(networks), inner)
+        result = cls(analysed, chosen, alignments, [])
+        result._note(energies, [energies[0]] * len(analysed), inner)
         fixed = [all(is_same_input(first, i, 0, k) for i in others) for k in places]
         for _ in range(num_iters):
             result._iterate(loader, device, fixed, energies)
@@ -235,15 +245,8 @@ class MeanNetwork:
 
     def _add(self, images, products, averages):
         """Adds a chunk of images: as many networks at once take the memory of one on a whole batch."""
-        held = [[None] * len(layers) for layers in self.layers]
-        for i, (network, layers) in enumerate(zip(self.networks, self.layers)):
-
-            def receive(k, x, i=i, layers=layers):
-                held[i][k] = layers[k].samples(x).clone()
-
-            stream_inputs(network, layers, images, receive)
-        for k in range(len(self.layers[0])):
-            samples = [each[k] for each in held]
+        held = [_samples(network, layers, images) for network, layers in zip(self.networks, self.layers)]
+        for k, samples in enumerate(zip(*held)):
             average = Samples.of(self.average(k, samples))
             averages[k].add(average)
             for i, phi in enumerate(samples):
@@ -257,6 +260,17 @@ class MeanNetwork:
             left = sum(e[k] + t[k] - 2 * ab[k] for e, t, ab in zip(energies, targets, inner))
             line.append(max(left, 0.0) / total if total else 0.0)
         self.unexplained.append(line)
+
+
+def _samples(network, layers, images):
+    """Samples of the input of every layer."""
+    held = {}
+
+    def receive(k, x):
+        held[k] = layers[k].samples(x).clone()
+
+    stream_inputs(lambda: network(images), [layer.module for layer in layers], receive)
+    return [held[k] for k in range(len(layers))]
 
 
 def _inner(A, K):

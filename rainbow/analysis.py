@@ -21,20 +21,21 @@ with random weights of the same covariances, of the same or of other widths, tha
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rainbow.alignment import Alignment, MeanNetwork, transport
+from rainbow.alignment import Alignment, MeanNetwork, transport, warn_of_few_samples
 from rainbow.clipping import clipped_accuracies, even_ranks
 from rainbow.covariance import WeightCovariance, complete_basis, random_basis
 from rainbow.errors import RainbowError
-from rainbow.layers import Layer, check_finite, find_name, inspect, make_example, weight_layers
-from rainbow.moments import Moments, moments
+from rainbow.layers import Layer
+from rainbow.moments import moments, prepare
+from rainbow.network import find_name, make_example
 from rainbow.random_matrix import bulk_test
 from rainbow.sampling import RainbowSample, RainbowSampler
 
@@ -55,30 +56,30 @@ class LayerSummary:
     outside: float
 
     def cells(self) -> list[str]:
+        """The line, cell by cell."""
         error = "not aligned" if self.error is None else f"error {self.error:.3f}"
-        return [
-            self.name,
-            f"{self.neurons}×{self.dimension}",
-            f"rank {self.rank}",
-            f"effective dimension {self.effective_dimension:.1f}",
-            error,
-            f"outside {100 * self.outside:.1f} %",
-        ]
+        sizes = [self.name, f"{self.neurons}×{self.dimension}", f"rank {self.rank}"]
+        effective = f"effective dimension {self.effective_dimension:.1f}"
+        return [*sizes, effective, error, f"outside {100 * self.outside:.1f} %"]
 
 
 class Rainbow:
     """A network, or the mean network of several, with the covariances of its weights. Made by `fit`.
 
     covariances: Ĉ_j of all aligned weights, by layer name; errors: of the last alignment, by layer name; skipped: what
-    of the network is not analysed, and why.
+    of the network is not analysed, and why; repeated: the modules that are called more than once, of which only the
+    first call is analysed, and how often.
     """
 
-    def __init__(self, mean: MeanNetwork, loader: Iterable, skipped: dict[str, str]):
-        self.mean, self.loader, self.skipped = mean, loader, skipped
-        self.network, self.layers = mean.networks[0], {layer.name: layer for layer in mean.layers[0]}
+    def __init__(self, mean: MeanNetwork, loader: Iterable):
+        self.mean, self.loader, analysed = mean, loader, mean.analysed[0]
+        self.network, self.layers = analysed.module, {layer.name: layer for layer in mean.layers[0]}
+        self.skipped = {name: reason for name, (reason, _) in analysed.skipped.items()}
+        self.skipped |= {each.name: "not asked for" for each in analysed.layers if each.name not in self.layers}
+        self.repeated = {name: count for name, count in analysed.repeated.items() if name in self.layers}
         self.covariances = {name: WeightCovariance.fit(mean.aligned_weights(k)) for k, name in enumerate(self.layers)}
         self.errors: dict[str, float] = {}
-        self._moments: dict[str, Moments] = {}
+        self._kernels: dict[str, Tensor] = {}
 
     @classmethod
     def fit(
@@ -90,25 +91,15 @@ class Rainbow:
     ) -> Rainbow:
         """The analysis of a network, or of several of one architecture, aligned to their mean.
 
-        loader: anything that can be gone through again and again and yields (images, labels), or images alone where no
-        accuracy is asked for. layers: names (default: all linear layers and convolutions, in forward order).
+        loader: anything that can be iterated over repeatedly and yields (images, labels), or images alone if no
+        accuracy is asked for. layers: names (default: all weight layers, in forward order).
 
         Raises RainbowError for a module without hooks or weight layers, a layer that is not there, weights that are not
         finite, or a loader that is empty or can be read only once.
         """
-        networks = [networks] if isinstance(networks, nn.Module) else list(networks)
-        if not networks:
-            raise RainbowError("no network is given")
-        if iter(loader) is loader:
-            raise RainbowError("the data can be read only once: give a list of batches or a DataLoader")
-        found = inspect(networks[0], make_example(networks[0], loader))
-        known = [layer.name for layer in found.layers]
-        chosen = known if layers is None else [find_name(name, known) for name in layers]
-        for network in networks:
-            check_finite(weight_layers(network, make_example(network, loader), chosen))
-        skipped = {name: skipped.reason for name, skipped in found.skipped.items()}
-        skipped |= {name: "it is not asked for" for name in known if name not in chosen}
-        return cls(MeanNetwork.fit(networks, loader, layers=chosen, num_iters=num_iters), loader, skipped)
+        each = networks if isinstance(networks, (list, tuple)) else [networks]
+        analysed, chosen, _ = prepare(each, layers, loader)
+        return cls(MeanNetwork.fit(analysed, loader, layers=chosen, num_iters=num_iters), loader)
 
     def align(
         self, other: nn.Module, layers: Sequence[str] | None = None, test: Iterable | None = None
@@ -122,25 +113,27 @@ class Rainbow:
         others = names if layers is None else list(layers)
         if len(others) != len(names):
             raise RainbowError(f"{len(others)} layers of the other network for {len(names)} of this one")
-        networks, chosen = [other, self.network], [others, names]
+        networks, chosen, _ = prepare([other, self.mean.analysed[0]], [others, names], self.loader)
         found = moments(networks, chosen, self.loader, auto=False, cross=[(0, 1)])
         for k, name in enumerate(names):
-            self._warn(name, found.count(0, k), max(found.cross(0, 1, k).shape))
+            warn_of_few_samples(name, found.count(0, k), max(found.cross(0, 1, k).shape))
         self.alignment = Alignment().fit_moments(found, 0, 1)
         scored = found if test is None else moments(networks, chosen, test, auto=False, cross=[(0, 1)])
         self.errors = dict(zip(names, self.alignment.score_moments(scored, 0, 1)))
         return self.errors
 
     def sample(
-        self, widths: Sequence[int] | None = None, method: str = "gaussian", seed: int = 0, **options
+        self, widths: Sequence[int] | None = None, method: str = "gaussian", seed: int = 0, **options: Any
     ) -> nn.Module:
         """A rainbow network (paper, section 4): random weights of the same covariances, layer by layer.
 
         widths: neurons of every layer but the last (default: its own). method: "gaussian", "orthogonal" or "white".
         options: of `RainbowSampler`; with test=loader, accuracies are measured. `sample_result` has them all.
-        Raises RainbowError where layers were left out, or widths do not fit.
+        Raises RainbowError if layers were left out, widths do not fit, or the data comes in another order each time.
         """
-        self._check_order()
+        first, again = (make_example(self.network, self.loader) for _ in range(2))
+        if first.shape != again.shape or not torch.equal(first, again):
+            raise RainbowError("the data comes in another order each time it is read: sampling needs shuffle=False")
         sampler = RainbowSampler(self.mean, self.loader, widths=widths, method=method, **options)
         self.sample_result: RainbowSample = sampler.sample(seed)
         return self.sample_result.network
@@ -157,8 +150,8 @@ class Rainbow:
         basis: "weight" (PCA of Ĉ_j), "kernel" (PCA of the layer's input), "random", or orthonormal columns (D, R).
         ranks: the values of d (default: 51 from 0 to D). test: (images, labels), default the data fitted on.
         """
-        chosen = self.layers[find_name(layer, self.layers)]
-        vectors = basis if isinstance(basis, Tensor) else self.basis(chosen.name, basis)
+        chosen = self._layer(layer)
+        vectors = basis if isinstance(basis, Tensor) else self.basis(layer, basis)
         highest = min(chosen.dimension, vectors.shape[1] if vectors.shape[0] == chosen.dimension else chosen.channels)
         ranks = even_ranks(highest) if ranks is None else list(ranks)
         data = self.loader if test is None else test
@@ -168,13 +161,12 @@ class Rainbow:
         """Orthonormal directions of the (first) network's layer: "weight", "kernel" or "random". # (D, D)"""
         if kind not in BASES:
             raise RainbowError(f"unknown basis {kind!r}: choose from {', '.join(BASES)}, or give its vectors")
-        chosen = self.layers[layer]
+        chosen = self._layer(layer)
         if kind == "random":
             dtype = torch.complex128 if chosen.is_complex else torch.float64
             return random_basis(chosen.dimension, torch.Generator().manual_seed(0), dtype)
         if kind == "kernel":
-            kernel = self._kernel(layer, chosen)
-            return WeightCovariance.from_matrix(kernel if chosen.is_complex else kernel.real, 1).eigenvectors
+            return WeightCovariance.from_matrix(self._kernel(chosen), 1).eigenvectors
         rotation = self.mean.alignments[0][list(self.layers).index(layer)]
         vectors = complete_basis(self.covariances[layer].eigenvectors)
         return transport(vectors.mH, rotation.mH.to(vectors.device)).mH
@@ -183,21 +175,10 @@ class Rainbow:
         """What `table` prints, a line for each layer."""
         lines = []
         for k, (name, layer) in enumerate(self.layers.items()):
-            covariance, own = self.covariances[name], WeightCovariance.fit(next(self.mean.aligned_weights(k)))
-            outside = 0.0
-            if own.trace:
-                outside = bulk_test(own.eigenvalues.cpu().numpy(), layer.neurons, layer.dimension).outside
-            lines.append(
-                LayerSummary(
-                    name,
-                    layer.neurons,
-                    layer.dimension,
-                    covariance.rank,
-                    covariance.effective_dimension,
-                    self.errors.get(name),
-                    outside,
-                )
-            )
+            C, own = self.covariances[name], WeightCovariance.fit(next(self.mean.aligned_weights(k)))
+            size, eigenvalues = (layer.neurons, layer.dimension), own.eigenvalues.cpu().numpy()
+            outside = bulk_test(eigenvalues, *size).outside if own.trace else 0.0
+            lines.append(LayerSummary(name, *size, C.rank, C.effective_dimension, self.errors.get(name), outside))
         return lines
 
     def table(self) -> str:
@@ -205,28 +186,17 @@ class Rainbow:
         rows = [summary.cells() for summary in self.summaries()]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines += [f"{name}  called {count} times, analysed at the first" for name, count in self.repeated.items()]
         lines += [f"{name}  skipped: {reason}" for name, reason in self.skipped.items()]
         return "\n".join([f"{type(self.network).__name__}, {len(self.mean.networks)} network(s)", *lines])
 
-    def _kernel(self, name: str, layer: Layer) -> Tensor:
+    def _layer(self, name: str) -> Layer:
+        return self.layers[find_name(name, self.layers)]
+
+    def _kernel(self, layer: Layer) -> Tensor:
         """E[φ φᴴ] of the D entries that a row of W_j meets, kept for the next time. # (D, D)"""
-        if name not in self._moments:
-            self._moments[name] = moments([self.network], [name], self.loader, patches=True, means=False)
-        found = self._moments[name]
-        self._warn(name, found.count(0, 0), layer.dimension)
-        return found.auto(0, 0)
-
-    def _check_order(self):
-        """Raises RainbowError where the data comes in another order each time: sampling reads it several times."""
-        first, again = (make_example(self.network, self.loader) for _ in range(2))
-        if first.shape != again.shape or not torch.equal(first, again):
-            raise RainbowError("the data comes in another order each time it is read: sampling needs shuffle=False")
-
-    @staticmethod
-    def _warn(name, samples, dimension):
-        if samples < dimension:
-            warnings.warn(
-                f"layer {name}: {samples} samples for {dimension} dimensions do not determine the result: "
-                "give more images",
-                stacklevel=3,
-            )
+        if layer.name not in self._kernels:
+            found = moments(self.mean.analysed[:1], [layer.name], self.loader, patches=True, means=False)
+            warn_of_few_samples(layer.name, found.count(0, 0), layer.dimension)
+            self._kernels[layer.name] = found.cross(0, 0, 0)
+        return self._kernels[layer.name]

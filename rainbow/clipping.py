@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from rainbow.errors import RainbowError
-from rainbow.layers import Layer, device_of, evaluating
+from rainbow.layers import Layer
 from rainbow.precision import to_double
+from rainbow.running import device_of, evaluating
 
 MAX_BATCH = 8192  # images side by side, all ranks together
 

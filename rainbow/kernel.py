@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rainbow.errors import RainbowError
-from rainbow.layers import device_of, evaluating, weight_layers
-from rainbow.moments import stream_inputs
+from rainbow.network import weight_layers
 from rainbow.precision import to_double
+from rainbow.running import device_of, evaluating, stream_inputs
 
 
 def layer_kernels(
@@ -30,9 +31,10 @@ def layer_kernels(
     """
     chosen = weight_layers(network, images, layers)
     device, inputs = device_of(network), [[] for _ in chosen]
+    modules = [layer.module for layer in chosen]
     with evaluating(network):
-        for part in images.split(batch):
-            stream_inputs(network, chosen, part.to(device), lambda k, x: inputs[k].append(x.flatten(1).clone()))
+        for part in images.to(device).split(batch):
+            stream_inputs(partial(network, part), modules, lambda k, x: inputs[k].append(x.flatten(1).clone()))
     return [_gram(torch.cat(features), layer.channels) for features, layer in zip(inputs, chosen)]
 
 

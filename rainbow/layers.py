@@ -8,21 +8,18 @@ flattened feature map (C, M, N) counts as a kernel of M×N positions.
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.overrides import TorchFunctionMode
 
 from rainbow.errors import RainbowError
-from rainbow.registry import Adapter, Architecture, register
+from rainbow.registry import Adapter, register
 
 
 class Skipped(NamedTuple):
@@ -221,193 +218,3 @@ def set_shape(module: nn.Module, key: str, shape: Sequence[int]) -> None:
         generator = torch.Generator().manual_seed(0)
         value = torch.randn(shape, dtype=old.dtype, generator=generator) / math.sqrt(math.prod(shape[1:]))
         setattr(module, key, nn.Parameter(value.to(old.device), requires_grad=old.requires_grad))
-
-
-@dataclass
-class Inspection:
-    """What a network is made of: its weight `layers` in forward order, and what was `skipped`, by name, and why."""
-
-    layers: list[Layer] = field(default_factory=list)
-    skipped: dict[str, Skipped] = field(default_factory=dict)
-
-
-def weight_layers(model: nn.Module, example_or_loader=None, names: Iterable[str] | None = None) -> list[Layer]:
-    """The weight layers of a network in forward order, all of them or those named, in the order of `names`.
-
-    `example_or_loader`: a batch of images, or anything that yields (images, labels): one forward pass of it, with
-    hooks, finds the order of the layers and what is flattened in front of them. Without it, networks of a registered
-    architecture make their own example, and others give their layers in the order in which they were defined.
-
-    Raises RainbowError if the network has no weight layer, offers no hooks, or has no layer of a given name.
-    """
-    found = inspect(model, example_or_loader).layers
-    if names is None:
-        return found
-    by_name = {layer.name: layer for layer in found}
-    return [by_name[find_name(name, by_name)] for name in names]
-
-
-def find_name(name: str, known: Iterable[str]) -> str:
-    """The name itself if it is known; otherwise RainbowError with the nearest known ones."""
-    known = list(known)
-    if name in known:
-        return name
-    near = difflib.get_close_matches(str(name), known, 3, 0.4)
-    raise RainbowError(
-        f"no weight layer {name!r} in this network"
-        + (f"; did you mean {' or '.join(near)}?" if near else f"; it has {', '.join(known)}")
-    )
-
-
-def inspect(model: nn.Module, example_or_loader=None) -> Inspection:
-    """The weight layers of a network and what was skipped; arguments and errors as for `weight_layers`."""
-    _check_hooks(model)
-    result = Inspection()
-    candidates = {module: name for name, module in model.named_modules() if Layer.find(module)}
-    example = make_example(model, example_or_loader)
-    flat = {}
-    order = list(candidates) if example is None else _forward_order(model, candidates, example, flat)
-    for module, name in candidates.items():
-        if module not in order:
-            result.skipped[name] = Skipped("it is not called in a forward pass")
-    for module in order:
-        name, adapter = candidates[module], Layer.find(module)
-        refusal = adapter.refusal(module)
-        if refusal is not None:
-            result.skipped[name] = refusal
-        else:
-            result.layers.append(adapter.of(name, module, flat.get(module)))
-    _note_other_weights(model, candidates, result.skipped)
-    if not result.layers:
-        raise RainbowError(
-            f"{type(model).__name__} has no linear layer or convolution that could be analysed"
-            + "".join(f"; {name}: {skipped.reason}" for name, skipped in list(result.skipped.items())[:3])
-        )
-    return result
-
-
-def check_finite(layers: Iterable[Layer]) -> None:
-    """Raises RainbowError if a weight is not finite, naming the layer and how many there are."""
-    for layer in layers:
-        weight = layer.weight
-        bad = int((~torch.isfinite(torch.view_as_real(weight) if weight.is_complex() else weight)).sum())
-        if bad:
-            raise RainbowError(
-                f"layer {layer.name}: {bad} of its {weight.numel()} weights are not finite (NaN or "
-                "infinite); the training has diverged, analyse an earlier epoch"
-            )
-
-
-def make_example(model: nn.Module, example_or_loader=None) -> Tensor | None:
-    """Two images for a dry forward pass, on the network's device; None where nothing says what they look like."""
-    if example_or_loader is None:
-        example = Architecture.find(model)(model).example()
-        if example is None:
-            return None
-    elif isinstance(example_or_loader, Tensor):
-        example = example_or_loader
-    else:
-        example = first_images(next(iter(example_or_loader), None))
-    return example[:2].to(device_of(model))
-
-
-def first_images(batch) -> Tensor:
-    """The images of a batch: (images, labels, ...) or the images alone. Raises RainbowError for anything else."""
-    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(images, Tensor):
-        raise RainbowError("the data holds no images: a loader yields (images, labels), or images alone, as tensors")
-    return images
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the network's first parameter lives."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Within: no gradients, all modules in evaluation mode and none overwriting its input; afterwards as before."""
-    modules = [module for model in models for module in model.modules()]
-    training = [module.training for module in modules]
-    in_place = [module for module in modules if getattr(module, "inplace", False) is True]
-    for module in modules:
-        module.training = False
-    for module in in_place:
-        module.inplace = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in zip(modules, training):
-            module.training = mode
-        for module in in_place:
-            module.inplace = True
-
-
-def _check_hooks(model):
-    if not isinstance(model, nn.Module):
-        raise RainbowError(f"a network is a torch.nn.Module, got a {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise RainbowError(f"{type(model).__name__} is compiled and offers no hooks: give the module it was made from")
-
-
-def _note_other_weights(model, candidates, skipped):
-    """Matrices of parameters that belong to no linear layer or convolution, as in attention or embeddings."""
-    for name, module in model.named_modules():
-        if module in candidates:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and min(parameter.shape[:2]) > 1:
-                skipped[f"{name}.{key}".lstrip(".")] = Skipped(
-                    f"a weight of {type(module).__name__}, not a linear layer"
-                )
-
-
-class _Flattenings(TorchFunctionMode):
-    """Remembers the shape (C, M, N) of every feature map that is flattened to (B, C·M·N), by C·M·N: the last one."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        source = args[0] if args else None
-        if (
-            isinstance(out, Tensor)
-            and isinstance(source, Tensor)
-            and out.ndim == 2
-            and source.ndim > 2
-            and out.shape[0] == source.shape[0]
-            and out.numel() == source.numel()
-        ):
-            self.shapes[out.shape[1]] = tuple(source.shape[1:])
-        return out
-
-
-def _forward_order(model, candidates, example, flat):
-    """The candidates in the order of their first calls; fills `flat` with the shapes flattened before linear ones."""
-    order, flattenings = [], _Flattenings()
-
-    def before(module, args):
-        if module in order:
-            return
-        order.append(module)
-        if issubclass(Layer.find(module), LinearLayer) and args[0].ndim == 2:
-            shape = flattenings.shapes.pop(args[0].shape[1], None)
-            if shape is not None and math.prod(shape[1:]) > 1:
-                flat[module] = shape
-
-    hooks = [module.register_forward_pre_hook(before) for module in candidates]
-    try:
-        with evaluating(model), flattenings:
-            model(example)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise RainbowError(
-            f"{type(model).__name__} cannot process images of shape {tuple(example.shape)}: {first_line}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return order

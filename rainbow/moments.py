@@ -12,24 +12,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rainbow.errors import RainbowError
-from rainbow.layers import (
-    ConvLayer,
-    Layer,
-    check_finite,
-    device_of,
-    evaluating,
-    find_name,
-    first_images,
-    make_example,
-    weight_layers,
-)
+from rainbow.layers import ConvLayer, Layer
+from rainbow.network import Network, analyse, check_finite, check_module, find_name, first_images
 from rainbow.norms import Affine, Norm, normalized_product
-from rainbow.registry import Architecture
+from rainbow.program import Architecture
+from rainbow.running import device_of, evaluating, stream_inputs
 from rainbow.samples import ROWS_AT_ONCE, ChannelSums, ProductSum, Samples, Workspace
 
 JOINED_BYTES = 16 << 20  # measured: of all inputs of a network's layers, for which a batch is large enough
@@ -44,7 +37,7 @@ class Moments:
     def __init__(self, layers: Sequence[Sequence[Layer]]):
         self.names = [[layer.name for layer in each] for each in layers]
         self.complex_weights = [any(layer.is_complex for layer in place) for place in zip(*layers)]
-        self.arrays: dict[str, Tensor] = {}
+        self.arrays: dict[tuple, Tensor] = {}
 
     def auto(self, network: int, layer: int | str) -> Tensor:
         """E[φ φ^H]. # (D, D)"""
@@ -52,11 +45,12 @@ class Moments:
 
     def cross(self, i: int, j: int, layer: int | str) -> Tensor:
         """E[φ_i φ_j^H] of two networks; its real part at layers with real weights. # (D_i, D_j)"""
-        if i == j and self._key("auto", (i,), layer) in self.arrays:
-            return self.auto(i, layer) if self.complex_weights[self.position(layer)] else self.auto(i, layer).real
-        if self._key("cross", (i, j), layer) not in self.arrays:
-            return self._get("cross", (j, i), layer).mH
-        return self._get("cross", (i, j), layer)
+        k = self.position(layer)
+        if i == j and ("auto", (i,), k) in self.arrays:
+            return self.auto(i, k) if self.complex_weights[k] else self.auto(i, k).real
+        if ("cross", (i, j), k) not in self.arrays:
+            return self._get("cross", (j, i), k).mH
+        return self._get("cross", (i, j), k)
 
     def mean(self, network: int, layer: int | str) -> Tensor:
         """E[φ]. # (D,)"""
@@ -68,7 +62,7 @@ class Moments:
 
     def energy(self, network: int, layer: int | str) -> float:
         """E‖φ‖²."""
-        if self._key("var", (network,), layer) in self.arrays:
+        if ("var", (network,), self.position(layer)) in self.arrays:
             return (self.var(network, layer) + self.mean(network, layer).abs().square()).sum().item()
         return self.auto(network, layer).diagonal().real.sum().item()
 
@@ -78,23 +72,27 @@ class Moments:
 
     def position(self, layer: int | str) -> int:
         """The number of a layer, from 0, given its name in the first network (or its number)."""
-        if isinstance(layer, int):
-            return range(len(self.names[0]))[layer]
-        return self.names[0].index(find_name(layer, self.names[0]))
-
-    def _key(self, kind, networks, layer):
-        return "_".join([kind, *map(str, networks), str(self.position(layer))])
+        return position_of(layer, self.names[0])
 
     def _get(self, kind, networks, layer):
-        key = self._key(kind, networks, layer)
+        key = kind, networks, self.position(layer)
         if key not in self.arrays:
             raise RainbowError(f"the {kind} moments of networks {networks} were not asked for when the data was read")
         return self.arrays[key]
 
 
+def position_of(layer: int | str, names: Sequence[str]) -> int:
+    """The number of a layer, given its name or number. Raises RainbowError if there is none."""
+    if not isinstance(layer, int):
+        return names.index(find_name(layer, names))
+    if not -len(names) <= layer < len(names):
+        raise RainbowError(f"there is no layer {layer} among {len(names)}, which count from 0")
+    return layer % len(names)
+
+
 def moments(
-    networks: Sequence[nn.Module],
-    layers,
+    networks: Sequence[nn.Module | Network],
+    layers: Any,
     loader: Iterable,
     *,
     auto: bool = True,
@@ -115,47 +113,15 @@ def moments(
     Raises RainbowError for layers that are not there, weights or activations that are not finite, no data, or networks
     that have different numbers of samples at a layer.
     """
-    networks = list(networks)
-    chosen, device = resolve_layers(networks, layers, loader, device)
-    pairs = _pairs(cross, len(networks))
-    for each in chosen:
-        check_finite(each)
-    stream = _Stream(networks, chosen, auto, pairs, patches, means)
-    with evaluating(*networks):
+    analysed, chosen, device = prepare(networks, layers, loader, device)
+    modules = [network.module for network in analysed]
+    stream = _Stream(modules, chosen, auto, _pairs(cross, len(modules)), patches, means)
+    with evaluating(*modules):
         for images in _joined(loader, device, stream):
             stream.add(images)
+    if not stream.images:
+        raise RainbowError("the data is empty")
     return stream.finish()
-
-
-def stream_inputs(
-    network: nn.Module, layers: Sequence[Layer], images: Tensor, receive: Callable[[int, Tensor], None]
-) -> None:
-    """Runs the network until the input of every layer has been given to `receive(k, input)`, and no further.
-
-    Raises RainbowError if the forward pass ends before a layer was called.
-    """
-    waiting = dict.fromkeys(range(len(layers)))
-
-    def hook(k):
-        def before(module, args):
-            if k in waiting:
-                del waiting[k]
-                receive(k, args[0])
-                if not waiting:
-                    raise _Enough
-
-        return before
-
-    handles = [layer.module.register_forward_pre_hook(hook(k)) for k, layer in enumerate(layers)]
-    try:
-        network(images)
-    except _Enough:
-        return
-    finally:
-        for handle in handles:
-            handle.remove()
-    if waiting:
-        raise RainbowError(f"layer {layers[next(iter(waiting))].name} was not called in the forward pass")
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,51 +163,28 @@ def stream_samples(
     receive: Callable[[int, Samples | Patches, Norm | None, bool], None],
     workspace: Workspace | None = None,
 ) -> None:
-    """The same as `receive(k, samples, norm, shared)`: samples of the input of layer k, or of that of the normalisation
-    that leads to it, which stands for the layer's; `shared`: they lie in memory that may change.
+    """Calls `receive(k, samples, norm, shared)` for every layer k and runs the network no further.
 
-    A registered architecture may give its own, without a copy.
+    The samples are of the layer's input, or of that of the normalisation that leads to it, which stands for the
+    layer's; `shared`: they lie in memory that may change. A registered architecture may give its own, without a copy.
     """
-    if Architecture.find(network)(network).stream(layers, images, receive):
+    if Architecture.of(network).stream(layers, images, patches, receive):
         return
-    workspace = workspace or Workspace()
+    space = workspace or Workspace()
 
     def of_input(k, x):
-        if patches and isinstance(layers[k], ConvLayer):
-            return receive(k, Patches(layers[k], layers[k].padded(x), workspace), None, True)
-        rows = layers[k].samples(x, patches)
+        layer = layers[k]
+        if patches and isinstance(layer, ConvLayer):
+            return receive(k, Patches(layer, layer.padded(x), space), None, True)
+        rows = layer.samples(x, patches)
         return receive(k, Samples.of(rows), None, rows.data_ptr() == x.data_ptr())
 
-    stream_inputs(network, layers, images, of_input)
+    stream_inputs(lambda: network(images), [layer.module for layer in layers], of_input)
 
 
-def input_of(module: nn.Module, call: Callable[[], object]) -> Tensor:
-    """The input of a module that runs somewhere in `call()`, which goes no further."""
-    found = []
-
-    def before(_, args):
-        found.append(args[0])
-        raise _Enough
-
-    handle = module.register_forward_pre_hook(before)
-    try:
-        call()
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
-
-
-class _Enough(Exception):
-    """Ends a forward pass whose last wanted layer has been reached."""
-
-
-def digest(networks: Sequence[nn.Module], *texts: str) -> str:
-    """A hexadecimal key of networks, their architecture and every parameter and buffer, and of any texts."""
+def digest(networks: Sequence[nn.Module]) -> str:
+    """A hexadecimal key of networks: their architecture and every parameter and buffer."""
     key = hashlib.blake2b(digest_size=32)
-    for text in texts:
-        key.update(f"{len(text)}:{text}".encode())
     for network in networks:
         key.update(repr(network).encode())
         for name, tensor in network.state_dict().items():
@@ -251,34 +194,42 @@ def digest(networks: Sequence[nn.Module], *texts: str) -> str:
     return key.hexdigest()
 
 
-def resolve_layers(
-    networks: Sequence[nn.Module], layers, loader: Iterable, device: torch.device | None = None
-) -> tuple[list[list[Layer]], torch.device]:
-    """A list of `Layer`s for each network, the same number for all, and the device where the networks now are.
+def prepare(
+    networks: Sequence[nn.Module | Network], layers: Any, loader: Iterable | None, device: torch.device | None = None
+) -> tuple[list[Network], list[list[Layer]], torch.device]:
+    """The analysed networks, the layers asked for of each, the same number of all, and where they now are.
 
-    Arguments and errors as for `moments`; one batch is read from the loader.
+    Arguments and errors as for `moments`. One batch is read from the loader, if there is one, unless all networks were
+    analysed before.
     """
-    device = device_of(networks[0]) if device is None else torch.device(device)
-    for network in networks:
-        network.to(device)
+    modules = [network.module if isinstance(network, Network) else network for network in networks]
+    if not modules:
+        raise RainbowError("no network is given")
+    for module in modules:
+        check_module(module)
+    device = device_of(modules[0]) if device is None else torch.device(device)
+    for module in modules:
+        module.to(device)
     if isinstance(loader, Iterator):
-        raise RainbowError("the data can be read only once: give a loader or a list of batches, not an iterator")
-    first = next(iter(loader), None)
-    if first is None:
-        raise RainbowError("the data is empty: there is nothing to take moments of")
-    example = make_example(networks[0], first_images(first))
-    names = _names_for_each(layers, len(networks))
-    chosen = [weight_layers(network, example, each) for network, each in zip(networks, names)]
+        raise RainbowError("the data can be read only once: give a list of batches or a DataLoader")
+    first = None
+    if loader is not None and not all(isinstance(network, Network) for network in networks):
+        first = next(iter(loader), None)
+        if first is None:
+            raise RainbowError("the data is empty")
+    example = None if first is None else first_images(first)
+    analysed = [analyse(network, example) for network in networks]
+    names = _names_for_each(layers, len(analysed))
+    chosen = [network.select(each) for network, each in zip(analysed, names)]
     numbers = [len(each) for each in chosen]
     if not numbers[0]:
         raise RainbowError("no layer is asked for: name at least one")
     if len(set(numbers)) > 1:
-        raise RainbowError(
-            f"the networks have different numbers of layers ({', '.join(map(str, numbers))}): name those to compare"
-        )
+        listed = ", ".join(map(str, numbers))
+        raise RainbowError(f"the networks have different numbers of layers ({listed}): name those to compare")
     for each in chosen:
         check_finite(each)
-    return chosen, device
+    return analysed, chosen, device
 
 
 def _names_for_each(layers, count):
@@ -288,8 +239,7 @@ def _names_for_each(layers, count):
     nested = bool(layers) and isinstance(layers[0], (list, tuple))
     if nested and len(layers) != count:
         raise RainbowError(f"layers are given for {len(layers)} networks, but there are {count}")
-    each = layers if nested else [layers] * count
-    return [[getattr(layer, "name", layer) for layer in names] for names in each]
+    return [[getattr(layer, "name", layer) for layer in each] for each in (layers if nested else [layers] * count)]
 
 
 def _pairs(cross, count):
@@ -305,35 +255,33 @@ def _pairs(cross, count):
 class _Stream:
     """The sums of one pass; each batch goes through the networks in turn, and a pair is done with its second one."""
 
-    def __init__(self, networks, layers, auto, pairs, patches, means):
-        self.networks, self.layers, self.patches, self.means = networks, layers, patches, means
-        numbers = range(len(layers[0]))
-        everywhere = [(i, k) for i in range(len(networks)) for k in numbers]
-        self.counts = dict.fromkeys(everywhere, 0)
+    def __init__(self, modules, layers, auto, pairs, patches, means):
+        self.modules, self.layers, self.patches, self.means = modules, layers, patches, means
+        places = [(i, k) for i in range(len(modules)) for k in range(len(layers[0]))]
         self.workspace = Workspace()
-        self.auto = {place: ProductSum(workspace=self.workspace) for place in everywhere} if auto else {}
-        self.channels = {place: ChannelSums() for place in everywhere}
-        self.norms = {}
+        self.counts, self.norms = dict.fromkeys(places, 0), dict.fromkeys(places)
+        self.auto = {place: ProductSum(workspace=self.workspace) for place in places} if auto else {}
+        self.channels = {place: ChannelSums() for place in places}
         self.cross = {
-            (*pair, k): ProductSum(any(layers[i][k].is_complex for i in pair), self.workspace)
-            for pair in pairs
-            for k in numbers
+            (i, j, k): ProductSum(layers[i][k].is_complex or layers[j][k].is_complex, self.workspace)
+            for i, j in pairs
+            for k in range(len(layers[0]))
         }
-        self.partners = {i: [pair for pair in pairs if i == max(pair)] for i in range(len(networks))}
-        self.last_use = {i: max([max(pair) for pair in pairs if i in pair], default=-1) for i in range(len(networks))}
+        self.partners = [[pair for pair in pairs if i == max(pair)] for i in range(len(modules))]
+        self.last_use = [max([max(pair) for pair in pairs if i in pair], default=-1) for i in range(len(modules))]
         self.held = {}
         self.images = self.bytes = 0
 
     def add(self, images):
         self.images += len(images)
-        for i, network in enumerate(self.networks):
-            stream_samples(network, self.layers[i], images, self.patches, partial(self._receive, i), self.workspace)
+        for i, module in enumerate(self.modules):
+            stream_samples(module, self.layers[i], images, self.patches, partial(self._receive, i), self.workspace)
             for place in [place for place in self.held if self.last_use[place[0]] <= i]:
                 del self.held[place]
 
     def bytes_of_an_image(self):
         """What the inputs of a network's layers take, as far as is known; unlimited before the first batch."""
-        return self.bytes / self.images / len(self.networks) if self.images else math.inf
+        return self.bytes / self.images / len(self.modules) if self.images else math.inf
 
     def _receive(self, i, k, samples, norm, shared):
         self.bytes += samples.nbytes
@@ -358,17 +306,19 @@ class _Stream:
     def finish(self):
         result = Moments(self.layers)
         for (i, k), count in self.counts.items():
-            result.arrays[f"count_{i}_{k}"] = torch.tensor(count)
-        for (i, k), total in self.auto.items():
-            result.arrays[f"auto_{i}_{k}"] = self._normalized(total, i, i, k)
+            result.arrays["count", (i,), k] = torch.tensor(count)
+            if self.auto:
+                result.arrays["auto", (i,), k] = self._normalized(self.auto[i, k], i, i, k)
+            if self.means:
+                sums, (mean, scale, shift) = self.channels[i, k], self._map(i, k)
+                result.arrays["mean", (i,), k] = (sums.mean - mean) * scale + shift
+                result.arrays["var", (i,), k] = sums.var * scale**2
+        for (kind, (i,), k), array in result.arrays.items():
+            if kind != "count" and not torch.isfinite(array.diagonal() if array.ndim == 2 else array).all():
+                name = self.layers[i][k].name
+                raise RainbowError(f"activations at layer {name} are not finite (NaN or infinite)")
         for (i, j, k), total in self.cross.items():
-            result.arrays[f"cross_{i}_{j}_{k}"] = self._normalized(total, i, j, k)
-        if self.means:
-            for (i, k), sums in self.channels.items():
-                mean, scale, shift = self._map(i, k)
-                result.arrays[f"mean_{i}_{k}"] = (sums.mean - mean) * scale + shift
-                result.arrays[f"var_{i}_{k}"] = sums.var * scale**2
-        self._check_finite(result)
+            result.arrays["cross", (i, j), k] = self._normalized(total, i, j, k)
         return result
 
     def _normalized(self, total, i, j, k):
@@ -381,15 +331,6 @@ class _Stream:
     def _map(self, i, k):
         """What the normalisation does that leads to a layer, if samples are of its input."""
         return Affine() if self.norms[i, k] is None else self.norms[i, k].affine()
-
-    def _check_finite(self, result):
-        for i, layers in enumerate(self.layers):
-            for k, layer in enumerate(layers):
-                keys = [f"{kind}_{i}_{k}" for kind in ("auto", "mean", "var")]
-                for array in [result.arrays[key] for key in keys if key in result.arrays]:
-                    largest = array.diagonal() if array.ndim == 2 else array
-                    if not torch.isfinite(largest).all():
-                        raise RainbowError(f"activations at layer {layer.name} are not finite (NaN or infinite)")
 
 
 def _joined(loader, device, stream):

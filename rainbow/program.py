@@ -7,46 +7,38 @@ then read by hooks.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from rainbow.layers import Layer, evaluating
-from rainbow.moments import input_of
+from rainbow.layers import Layer
 from rainbow.norms import Norm
-from rainbow.registry import Architecture
+from rainbow.registry import Adapter, register
+from rainbow.running import device_of, evaluating, input_of
 from rainbow.samples import Samples
 
-INPUT = "x"
-IN_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
+INPUT = "(images)"
+Values = dict[str, Any]
 
 
-def channel_samples(x: Tensor, layer: Layer | None = None) -> Tensor:
-    """A value as samples of channels: as the layer that takes it does, or (B, C, M, N) and (B, …, C) by themselves."""
-    if layer is not None:
-        return layer.samples(x)
-    return x.movedim(1, -1).flatten(0, -2) if x.ndim > 3 else x.flatten(0, -2)
-
-
-@dataclass(eq=False)
 class Step:
-    """One operation: `call(env)` gives the value `name` from the values named `inputs`.
+    """One operation: `call(values)` gives the value `name` from the values named `inputs`.
 
-    holder: the module that runs, which may contain others; None for a function.
+    holder: the module that runs, which may contain others; None for a function. copied: the inputs that the operation
+    overwrites, so that it is given copies.
     """
 
-    name: str
-    inputs: tuple[str, ...]
-    call: Callable[[dict], object]
-    holder: nn.Module | None = None
+    def __init__(
+        self, name: str, inputs: Sequence[str], call: Callable[[Values], Any], holder: nn.Module | None = None
+    ):
+        self.name, self.inputs, self.call, self.holder = name, tuple(inputs), call, holder
+        self.copied: tuple[str, ...] = ()
+
+    def run(self, values: Values) -> Any:
+        """The step's value; the others stay as they are."""
+        return self.call({**values, **{name: values[name].clone() for name in self.copied}})
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a module runs in this step."""
@@ -56,21 +48,67 @@ class Step:
         """Whether the step can be continued from the input of a module: if that is the step's own."""
         return self.holder is module
 
-    def resume(self, module: nn.Module, value: Tensor, env: dict) -> object:
+    def resume(self, module: nn.Module, value: Tensor, values: Values) -> Any:
         """The step's value, from another input of a module."""
-        return self.call({**env, self.inputs[0]: value})
+        return self.run({**values, self.inputs[0]: value})
 
-    def input_of(self, module: nn.Module, env: dict) -> Tensor:
+    def input_of(self, module: nn.Module, values: Values) -> Tensor:
         """The input of a module that runs in this step."""
-        return env[self.inputs[0]] if self.holder is module else input_of(module, lambda: self.call(env))
+        return values[self.inputs[0]] if self.holder is module else input_of(module, lambda: self.run(values))
 
     def norm_of(self, layer: nn.Module) -> nn.Module | None:
         """The normalisation in this step whose output is the input of a layer in this step."""
         return None
 
-    def samples_of(self, module: nn.Module, env: dict, layer: Layer | None) -> Samples:
-        """The same as samples of channels."""
-        return Samples.of(channel_samples(self.input_of(module, env), layer))
+    def samples_of(self, module: nn.Module, values: Values, layer: Layer | None) -> Samples:
+        """The input of a module as samples of channels: as its layer has them, or by its shape."""
+        return Samples.of(channel_samples(self.input_of(module, values), layer))
+
+
+class Architecture(Adapter):
+    """How the networks of a class are run and rebuilt, if there is a better way than tracing their operations.
+
+    As it is, it knows nothing: every method may be left out.
+    """
+
+    role: ClassVar[str] = "architecture"
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Architecture:
+        """The one that is registered for the network's class."""
+        return (cls.find(module) or cls)(module)
+
+    def example(self) -> Tensor | None:
+        """Two images that the network can process."""
+        return None
+
+    def steps(self, example: Tensor) -> list[Step] | None:
+        """The network as steps between its layers."""
+        return None
+
+    def stream(self, layers: Sequence[Layer], images: Tensor, patches: bool, receive: Callable[..., None]) -> bool:
+        """Calls `receive` with samples of every layer, as `moments.stream_samples` does. False if it cannot."""
+        return False
+
+    def resized(self, widths: Mapping[str, int]) -> nn.Module | None:
+        """A copy whose layers, by name, have other numbers of neurons. Values stay if their shapes do.
+
+        Raises ValueError if the widths do not fit.
+        """
+        return None
+
+
+register(nn.Module, Architecture)
+
+
+def channel_samples(x: Tensor, layer: Layer | None = None) -> Tensor:
+    """A value as samples of channels: as the layer that takes it does, or (B, C, M, N) and (B, …, C) by themselves."""
+    if layer is not None:
+        return layer.samples(x)
+    return x.movedim(1, -1).flatten(0, -2) if x.ndim > 3 else x.flatten(0, -2)
 
 
 class Program:
@@ -82,11 +120,12 @@ class Program:
     def __init__(self, network: nn.Module, example: Tensor):
         """example: (B, ...) images, to see that the steps do what the network does, and how large their values are."""
         self.network = network
-        steps = Architecture.find(network)(network).steps(example) or _traced_steps(network)
-        with evaluating(network):
-            self.steps = self._checked(steps, example) or [_whole(network)]
-            self._lifetimes = _lifetimes(self.steps)
-            self._measure(example)
+        traced = Architecture.of(network).steps(example) or _traced_steps(network)
+        whole = Step("output", (INPUT,), lambda values: network(values[INPUT]), network)
+        with torch.inference_mode(False), evaluating(network):
+            example = example.to(device_of(network)).clone()
+            if traced is None or not self._verify(traced, example):
+                self._verify([whole], example)
 
     @property
     def end(self) -> int:
@@ -109,10 +148,9 @@ class Program:
 
     def leads_to(self, norm: nn.Module, layer: nn.Module) -> bool:
         """Whether a layer's input is a normalisation's output, position for position."""
-        step = self.step_of(layer)
+        step, before = self.step_of(layer), self.step_of(norm)
         if step.norm_of(layer) is norm:
             return True
-        before = self.step_of(norm)
         return before.holder is norm and step.holder is layer and step.inputs[0] == before.name
 
     def live(self, position: int) -> list[str]:
@@ -121,42 +159,41 @@ class Program:
 
     def bytes_at(self, position: int) -> int:
         """Memory of the live values at a position, for one image."""
-        return sum(self._sizes.get(name, 0) for name in self.live(position))
+        return sum(self._sizes[name] for name in self.live(position))
 
-    def run(self, env: dict, start: int, stop: int) -> dict:
+    def run(self, values: Values, start: int, stop: int) -> Values:
         """The values live at position `stop`, from those live at `start`."""
-        env = dict(env)
+        values = dict(values)
         for position in range(start, stop):
             step = self.steps[position]
-            env[step.name] = step.call(env)
+            values[step.name] = step.run(values)
             for name in step.inputs:
                 if self._lifetimes[name][1] <= position:
-                    env.pop(name, None)
-        return {name: env[name] for name in self.live(stop)}
+                    values.pop(name, None)
+        return {name: values[name] for name in self.live(stop)}
 
-    def finish(self, module: nn.Module, value: Tensor, env: dict) -> Tensor:
+    def finish(self, module: nn.Module, value: Tensor, values: Values) -> Tensor:
         """The network's output from the values live at a module's step, with another input of the module."""
         position = self.place(module)
         step = self.steps[position]
-        env = {**env, step.name: step.resume(module, value, env)}
-        return self.run(env, position + 1, self.end)[self.output]
+        values = {**values, step.name: step.resume(module, value, values)}
+        return self.run(values, position + 1, self.end)[self.output]
 
-    def _checked(self, steps, example):
-        """The steps, or None if they do not compute what the network does."""
-        if steps is None:
-            return None
-        self.steps = steps
-        self._lifetimes = _lifetimes(steps)
-        expected, found = self.network(example), self.run({INPUT: example}, 0, self.end)[self.output]
-        same = isinstance(expected, Tensor) and torch.allclose(expected, found, rtol=1e-2, atol=1e-3, equal_nan=True)
-        return steps if same else None
-
-    def _measure(self, example):
-        """Notes the size of every value, in bytes for one image."""
-        env, self._sizes = {INPUT: example}, {INPUT: _bytes(example)}
-        for step in self.steps:
-            env[step.name] = step.call(env)
-            self._sizes[step.name] = _bytes(env[step.name])
+    def _verify(self, steps, example):
+        """Takes the steps; notes sizes and what is overwritten. Whether they compute what the network does."""
+        expected, values, self._sizes = self.network(example), {INPUT: example}, {INPUT: _bytes(example)}
+        self.steps, self._lifetimes = steps, _lifetimes(steps)
+        for step in steps:
+            copies = {name: values[name].clone() for name in step.inputs if isinstance(values[name], Tensor)}
+            versions = {name: copy._version for name, copy in copies.items()}
+            try:
+                out = values[step.name] = step.call({**values, **copies})
+            except Exception:  # an operation of a trace may be anything
+                return False
+            step.copied = tuple(name for name, copy in copies.items() if copy._version != versions[name])
+            self._sizes[step.name] = _bytes(out)
+        same = isinstance(expected, Tensor) and isinstance(out, Tensor) and expected.shape == out.shape
+        return same and torch.allclose(expected, out, rtol=1e-2, atol=1e-3, equal_nan=True)
 
 
 def _lifetimes(steps):
@@ -173,12 +210,8 @@ def _bytes(value):
     return value.element_size() * value.numel() // max(len(value), 1) if isinstance(value, Tensor) and value.ndim else 0
 
 
-def _whole(network):
-    return Step("output", (INPUT,), lambda env: network(env[INPUT]), network)
-
-
 class _Tracer(fx.Tracer):
-    """Goes into modules that hold linear layers or convolutions; the others are single steps."""
+    """Goes into modules that hold weight layers or normalisations; the others are single steps."""
 
     def is_leaf_module(self, module, name):
         inner = [m for m in module.modules() if m is not module]
@@ -186,50 +219,29 @@ class _Tracer(fx.Tracer):
 
 
 def _traced_steps(network):
-    """The steps of a network that `torch.fx` can trace, else None."""
-    tracer = _Tracer()
+    """The steps of a network of one input and one output that `torch.fx` can trace, else None."""
     try:
-        graph = tracer.trace(network)
+        graph = _Tracer().trace(network)
     except Exception:  # whatever a module does with the symbols it is traced with
         return None
-    modules = dict(network.named_modules())
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(placeholders) != 1:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    (output,) = [node.args[0] for node in graph.nodes if node.op == "output"]
+    if len(inputs) != 1 or not isinstance(output, fx.Node) or output is inputs[0]:
         return None
-    names = {placeholders[0]: INPUT}
-    steps, output = [], None
-    for node in graph.nodes:
-        if node.op == "output":
-            output = node.args[0]
-        elif node.op != "placeholder":
-            names[node] = node.name
-            steps.append(_traced_step(node, names, modules, network))
-    if not isinstance(output, fx.Node) or not steps:
-        return None
-    if names[output] != steps[-1].name:
-        steps.append(Step("output", (names[output],), lambda env: env[names[output]]))
+    interpreter = fx.Interpreter(network, graph=graph)
+
+    def name_of(node):
+        return INPUT if node is inputs[0] else node.name
+
+    def step_of(node):
+        def call(values):
+            interpreter.env = {source: values[name_of(source)] for source in node.all_input_nodes}
+            return interpreter.run_node(node)
+
+        holder = network.get_submodule(node.target) if node.op == "call_module" else None
+        return Step(node.name, dict.fromkeys(map(name_of, node.all_input_nodes)), call, holder)
+
+    steps = [step_of(node) for node in graph.nodes if node.op not in ("placeholder", "output")]
+    if output.name != steps[-1].name:
+        steps.append(Step("(output)", (output.name,), lambda values: values[output.name]))
     return steps
-
-
-def _traced_step(node, names, modules, network):
-    inputs = tuple(dict.fromkeys(names[n] for n in node.all_input_nodes))
-    kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-
-    def arguments(env):
-        return fx.node.map_arg(node.args, lambda n: env[names[n]]), fx.node.map_arg(kwargs, lambda n: env[names[n]])
-
-    if node.op == "get_attr":
-        return Step(node.name, inputs, lambda env: operator.attrgetter(node.target)(network))
-    if node.op == "call_module":
-        function = modules[node.target]
-    else:
-        function = IN_PLACE.get(node.target, node.target)
-
-    def call(env):
-        args, kw = arguments(env)
-        if node.op == "call_method":
-            method = node.target if node.target.endswith("__") else node.target.removesuffix("_")  # not in place
-            return getattr(args[0], method)(*args[1:], **kw)
-        return function(*args, **kw)
-
-    return Step(node.name, inputs, call, modules[node.target] if node.op == "call_module" else None)

@@ -25,12 +25,11 @@ torch.Size([5, 3])
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-_ADAPTERS: dict[tuple[type[nn.Module], str], type[Adapter]] = {}
+_ADAPTERS: dict[tuple[type, str], Any] = {}
 A = TypeVar("A", bound="Adapter")
 
 
@@ -38,7 +37,6 @@ class Adapter:
     """What the analysis knows of a module; `role`: "layer", "norm" or "architecture"."""
 
     role: ClassVar[str]
-    module: nn.Module
 
     @classmethod
     def find(cls: type[A], module: nn.Module) -> type[A] | None:
@@ -58,36 +56,3 @@ def register(module_class: type[nn.Module], adapter: type[Adapter]) -> None:
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter) and hasattr(adapter, "role")):
         raise TypeError(f"an adapter is a subclass of Layer, Norm or Architecture, not {adapter!r}")
     _ADAPTERS[module_class, adapter.role] = adapter
-
-
-class Architecture(Adapter):
-    """How the networks of a class are run and rebuilt, if there is a better way than tracing their operations.
-
-    As it is, it knows nothing: every method may be left out.
-    """
-
-    role = "architecture"
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def example(self) -> Tensor | None:
-        """Two images that the network can process."""
-        return None
-
-    def steps(self, example: Tensor) -> list | None:
-        """The network as steps between its layers; see `rainbow.program`."""
-        return None
-
-    def stream(self, layers: Sequence, images: Tensor, receive: Callable[..., Any]) -> bool:
-        """Calls `receive` with samples of every layer, as `moments.stream_samples` does. False if it cannot."""
-        return False
-
-    def resized(self, widths: Mapping[str, int]) -> nn.Module | None:
-        """A copy whose layers, by name, have other numbers of neurons. Values stay if their shapes do.
-
-        Raises ValueError if the widths do not fit."""
-        return None
-
-
-register(nn.Module, Architecture)

@@ -6,19 +6,14 @@ With Ĉ_j the covariance of the trained weights of layer j, and A_j the alignmen
     W'_j = G Ĉ_j^{1/2} A_j,      G white (N_j', D_j).
 
 A_1 is the identity. Between layers the new network's normalisations (`Std`, batch norms) take the mean and variance of
-their inputs over the training set. The last layer is the trained one, rotated: W_{J+1} A_{J+1}. What a neuron has
-beside its weights (a bias, the affine map of a batch norm, a threshold) is that of a trained neuron drawn at random.
-
-The activations of both networks are kept at the furthest step that fits the memory, and continued from there; where
-they do not fit, from the last step that did, or from the images.
+their inputs over the training set. The last layer is the trained one, rotated: W_{J+1} A_{J+1}. A neuron's other
+parameters (a bias, the affine map of a batch norm, a threshold) are those of a trained neuron drawn at random.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,18 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rainbow.alignment import MeanNetwork, align, transport
+from rainbow.activations import Activations, memory_for
+from rainbow.alignment import MeanNetwork, align, transport, warn_of_few_samples
 from rainbow.covariance import WeightCovariance
 from rainbow.errors import RainbowError
-from rainbow.layers import device_of, evaluating, first_images, inspect, make_example, weight_layers
+from rainbow.network import Network
 from rainbow.norms import Norm, normalized_product
 from rainbow.precision import accumulation_device
-from rainbow.program import INPUT, Program, channel_samples
+from rainbow.program import channel_samples
+from rainbow.running import device_of, evaluating, first_images
 from rainbow.samples import ChannelSums, ProductSum, Samples
-from rainbow.widths import call_order, checked_widths, neuron_parameters, resize
+from rainbow.widths import checked_widths, neuron_parameters, resize
 
 METHODS = ("gaussian", "orthogonal", "white")
-MOST_MEMORY = 8 << 30  # bytes of activations kept on a CPU unless told otherwise
+Draw = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,26 @@ def draw_rows(covariance: WeightCovariance, rows: int, method: str, generator: t
     return (white * covariance.eigenvalues[:directions].cpu().sqrt()) @ vectors[:, :directions].mH
 
 
-def draw_neurons(count: int, neurons: int, generator: torch.Generator) -> Tensor:
-    """Which of `count` trained neurons each new one has its numbers beside the weights from. # (neurons,) int64"""
-    return torch.randint(count, (neurons,), generator=generator)
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is to be done at one layer, the same for every sample. Modules and values go by name.
+
+    key: what the alignment belongs to, the value that is the layer's input, or the layer if that is made inside a step;
+    known: the input is the same function of the images in both networks; norm: the normalisation that leads to the
+    layer and is set along with its alignment; norms: those before it that are set by themselves; around: values that
+    go around the layer and are aligned when accuracies are measured; measured: whether one is, before the layer;
+    owned: the other parameters of its neurons.
+    """
+
+    k: int
+    name: str
+    key: str
+    known: bool
+    norm: str | None
+    norms: tuple[str, ...]
+    around: tuple[str, ...]
+    measured: bool
+    owned: tuple[str, ...]
 
 
 class RainbowSampler:
@@ -88,318 +102,233 @@ class RainbowSampler:
         loader: Iterable,
         *,
         test: Iterable | None = None,
-        method: str = "gaussian",
+        method: str | Draw = "gaussian",
         widths: Sequence[int] | None = None,
         align_on_test: bool = False,
         memory: int | None = None,
         progress: Callable[[Iterable, str], Iterable] | None = None,
     ):
         """reference: a `MeanNetwork`, of one network or more, of the same architecture. loader, test: (images, labels)
-        of the training and test set, always in the same order; accuracies are of the test set, where there is one.
-        method: "gaussian", "orthogonal" or "white". widths: N_j of the new network's layers but the last (default: the
-        trained ones). align_on_test: the alignments A_j are those of the test set. memory: bytes of activations
-        that may be kept (default: a part of what is free). progress: wraps each pass over the data, an iterable that
-        comes with a text.
+        of the training and test set, always in the same order; accuracies are of the test set, if there is one.
+        method: "gaussian", "orthogonal", "white", or a function that draws: (k, N, generator) -> rows (N, D) in the
+        reference's space and the trained neurons (N,) int64 whose other parameters they take. widths: N_j of the new
+        network's layers but the last (default: the trained ones). align_on_test: the alignments A_j are those of the
+        test set. memory: bytes of activations that may be kept (default: a part of what is free). progress: wraps each
+        pass over the data, an iterable that comes with a text.
 
-        Raises RainbowError for what cannot be sampled: a layer whose weights the analysis cannot treat, widths that do
-        not fit, an unknown method.
+        Raises RainbowError for what cannot be sampled: a layer whose weights the analysis cannot treat or that is
+        called more than once, widths that do not fit, an unknown method.
         """
-        if method not in METHODS:
+        if method not in METHODS and not callable(method):
             raise RainbowError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
         if align_on_test and test is None:
             raise RainbowError("alignment on the test set needs a test set")
         self.reference, self.loader, self.test = reference, loader, test
         self.method, self.align_on_test, self.memory = method, align_on_test, memory
         self.progress = progress or (lambda batches, text: batches)
-        self.trained, self.layers = reference.networks[0], reference.layers[0]
-        self.example = make_example(self.trained, loader)
+        self.network, self.trained, self.layers = reference.analysed[0], reference.networks[0], reference.layers[0]
+        _check_coverage(self.network, self.layers)
         self.widths = checked_widths(widths, self.layers)
-        self.calls = call_order(self.trained, self.example)
-        self._check_coverage()
         self.covariances = [WeightCovariance.fit(reference.aligned_weights(k)) for k in range(len(self.layers) - 1)]
+        self.plan, self.norms_at_the_end = _plan(self.network, test is not None, align_on_test)
+        names = [[step.name for step in network.program.steps] for network in reference.analysed]
+        if any(each != names[0] for each in names):
+            raise RainbowError("the networks of a set must have the same architecture to be sampled from")
 
     @cached_property
     def trained_accuracy(self) -> Accuracy:
-        """The trained network's on the test set."""
+        """The trained network's on the test set. Raises RainbowError without one."""
+        if self.test is None:
+            raise RainbowError("accuracies need a test set of (images, labels)")
         device = device_of(self.trained)
         with evaluating(self.trained):
             return _accuracy(0, ((self.trained(first_images(batch).to(device)), batch[1]) for batch in self.test))
 
     def sample(self, seed: int = 0, report: Callable[[Accuracy], None] | None = None) -> RainbowSample:
         """A new network; the same one for the same seed. `report` is told the accuracy after every layer, from 0 on."""
-        network = resize(self.trained, self.layers, self.widths, self.example, self.calls)
-        result = RainbowSample(network)
+        new = self.network.rebind(resize(self.network, self.widths))
+        with evaluating(new.module, *self.reference.networks):
+            return _Sampling(self, new, report).run(seed)
 
-        def note(accuracy):
-            result.accuracies.append(accuracy)
-            if report is not None:
-                report(accuracy)
-
-        with evaluating(network, *self.reference.networks):
-            _Construction(self, network, seed, result, note).run()
-        return result
-
-    def _check_coverage(self):
-        """No layer may stay in the old space: every weight called after the first layer must be one we can rotate."""
-        called = [name for name, _ in self.calls]
-        first = called.index(self.layers[0].name)
-        analysed = {layer.name for layer in self.layers}
-        for name, skipped in inspect(self.trained, self.example).skipped.items():
-            owner = name if name in called else name.rpartition(".")[0]
-            if owner in called and called.index(owner) > first and not skipped.harmless:
-                raise RainbowError(f"{name} cannot be sampled: {skipped.reason}")
-        left_out = [layer.name for layer in weight_layers(self.trained, self.example) if layer.name not in analysed]
-        if left_out:
-            raise RainbowError(f"all weight layers must be sampled together, but {left_out[0]} is left out")
+    def draw(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows of weights of layer k in the reference's space, and trained neurons. # (N', D), (N',)"""
+        if callable(self.method):
+            return self.method(k, self.widths[k], generator)
+        rows = draw_rows(self.covariances[k], self.widths[k], self.method, generator)
+        count = sum(layers[k].neurons for layers in self.reference.layers)
+        return rows, torch.randint(count, (self.widths[k],), generator=generator)
 
 
-class Activations:
-    """The values of several networks' programs over one data set, kept at the furthest position that fits the memory.
-
-    The networks have the same steps.
-    """
-
-    def __init__(
-        self, programs: Sequence[Program], loader: Iterable, memory: int, progress: Callable[[Iterable, str], Iterable]
-    ):
-        self.programs, self.loader, self.memory, self.progress = list(programs), loader, memory, progress
-        self.device = device_of(programs[0].network)
-        self.position, self.kept, self.images = 0, [], None
-
-    def at(self, position: int, text: str, all_networks: bool = True) -> Iterator[tuple[list[dict], Tensor | None]]:
-        """For each batch, the values live at a position of every network (or the last one only), and the labels."""
-        start, keep, kept = self.position, self._furthest(position), []
-        batches = self.kept if start else self.loader
-        for index, batch in enumerate(self.progress(batches, text)):
-            if start:
-                envs, labels = batch
-                batches[index] = None
-            else:
-                images = first_images(batch).to(self.device, non_blocking=True)
-                labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-                envs = [{INPUT: images}] * len(self.programs)
-            if keep > start:
-                envs = [program.run(env, start, keep) for program, env in zip(self.programs, envs)]
-            if keep:
-                kept.append((envs, labels))
-            wanted = list(zip(self.programs, envs))[0 if all_networks else -1 :]
-            yield [program.run(env, keep, position) for program, env in wanted], labels
-        self.position, self.kept = keep, kept
-
-    def _furthest(self, position):
-        """The furthest position up to the one given whose values fit; the present one if none does."""
-        if self.images is None:
-            self.images = _count_images(self.loader)
-        for candidate in range(position, self.position, -1):
-            if self.images * sum(program.bytes_at(candidate) for program in self.programs) <= self.memory:
-                return candidate
-        return self.position
+def _check_coverage(network: Network, layers):
+    """No layer may stay in the old space: every weight called after the first layer must be one we can rotate."""
+    if network.example is None:
+        raise RainbowError("the mean network was fitted without images: give it those that it is sampled on")
+    names = [layer.name for layer in layers]
+    calls = {name: position for position, name in enumerate(network.calls)}
+    for name, skipped in network.skipped.items():
+        owner = name if name in calls else name.rpartition(".")[0]
+        if calls.get(owner, -1) > calls[names[0]] and not skipped.harmless:
+            raise RainbowError(f"{name} cannot be sampled: {skipped.reason}")
+    left_out = [layer.name for layer in network.layers if layer.name not in names]
+    if left_out:
+        raise RainbowError(f"all weight layers must be sampled together, but {left_out[0]} is left out")
+    if names != [layer.name for layer in network.layers]:
+        raise RainbowError(f"layers must be in forward order to be sampled, not {' '.join(names)}")
+    owned = {name.rpartition(".")[0] for each in neuron_parameters(network) for name in each}
+    for name, count in network.repeated.items():
+        if name in names or name in owned or Norm.find(network.module.get_submodule(name)):
+            raise RainbowError(f"{name} cannot be sampled: it is called {count} times in a forward pass")
 
 
-def _count_images(loader):
-    data = getattr(loader, "dataset", None)
-    if data is not None and hasattr(data, "__len__"):
-        return len(data)
-    first = next(iter(loader), None)
-    if first is None:
-        raise RainbowError("the data is empty: there is nothing to align on")
-    if hasattr(loader, "__len__"):
-        return len(loader) * len(first_images(first))
-    return sum(len(first_images(batch)) for batch in loader)
+def _plan(network: Network, test: bool, align_on_test: bool) -> tuple[list[LayerPlan], list[str]]:
+    """What is to be done at every layer, and the normalisations to be set after the last."""
+    program, touched, rotated = network.program, _touched(network), set()
+    norms, plans = _norms_after_layers(network, touched), []
+    for k, (layer, owned) in enumerate(zip(network.layers, neuron_parameters(network))):
+        step, last = program.step_of(layer.module), k == len(network.layers) - 1
+        is_value = step.holder is layer.module
+        key = step.inputs[0] if is_value else layer.name
+        around: list[str] = []
+        if test and is_value and not last:
+            around = [n for n in program.live(program.place(layer.module)) if n in touched - rotated - {key}]
+        rotated |= {key, *around}
+        norm = None
+        if norms[k] and not align_on_test:
+            before = network.module.get_submodule(norms[k][-1])
+            if program.leads_to(before, layer.module) and {*around} <= {*program.live(program.place(before))}:
+                norm = norms[k].pop()
+        known = k == 0 or is_value and key not in touched
+        measured = test and not last and (k == 0 or step.resumes(layer.module))
+        plans.append(LayerPlan(k, layer.name, key, known, norm, norms[k], around, measured, owned))
+    return plans, norms[-1]
 
 
-def _memory(given, device):
-    """Bytes for activations: those given, else half of a GPU's free memory, or a quarter of the processor's."""
-    if given is not None:
-        return given
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on this system
-        return MOST_MEMORY // 4
-    return min(free // 4, MOST_MEMORY)
+def _touched(network):
+    """The names of the values that depend on a sampled layer."""
+    touched, first = set(), network.program.place(network.layers[0].module)
+    for position, step in enumerate(network.program.steps):
+        if position == first or touched & set(step.inputs):
+            touched.add(step.name)
+    return touched
 
 
-class _Construction:
-    """One rainbow network in the making."""
+def _norms_after_layers(network, touched):
+    """The normalisations whose inputs change, before every layer and after the last; none before the first."""
+    norms, names = [[]], {layer.name for layer in network.layers}
+    for name in network.calls:
+        norm = Norm.of(network.module.get_submodule(name))
+        if name in names:
+            norms.append([])
+        elif len(norms) > 1 and norm is not None and norm.statistics is not None:
+            step = network.program.step_of(norm.module)
+            if step.holder is not norm.module or step.inputs[0] in touched:
+                norms[-1].append(name)
+    return norms
 
-    def __init__(self, sampler, network, seed, result, note):
-        self.sampler, self.network, self.seed, self.result, self.note = sampler, network, seed, result, note
-        self.reference = sampler.reference
-        modules = dict(network.named_modules())
-        self.calls = [(name, modules[name]) for name, _ in sampler.calls]
-        self.layers = weight_layers(network, sampler.example)
-        self.program = Program(network, sampler.example)
-        self.originals = [Program(trained, sampler.example) for trained in self.reference.networks]
-        self._check_same_steps()
-        self.rotations: dict[object, Tensor] = {}  # of values, from the first trained network to the new one
-        self.alignments: dict[object, Tensor] = {}  # of the layers' inputs, from the reference to the new network
-        self.touched = self._touched()
+
+class _Sampling:
+    """One rainbow network in the making. `programs`: of the trained networks, then of the new one."""
+
+    def __init__(self, sampler, new, report):
+        self.sampler, self.new, self.reference, self.report = sampler, new, sampler.reference, report
+        self.programs = [*(network.program for network in self.reference.analysed), new.program]
+        self.layers = [*self.reference.layers, new.layers]
+        self.rotations: dict[str, Tensor] = {}  # of values, from the first trained network to the new one
+        self.alignments: dict[str, Tensor] = {}  # of the layers' inputs, from the reference to the new network
+        self.result = RainbowSample(new.module)
         self._open_data()
 
-    def run(self):
-        owned = neuron_parameters(self.sampler.calls, self.sampler.layers)
-        position = {layer.module: k for k, layer in enumerate(self.layers)}
-        started = False
-        for index, (_, module) in enumerate(self.calls):
-            if module in position:
-                k = position[module]
-                self._set_layer(k, owned[k])
-                started = True
-            elif started and Norm.find(module) and not self._leads_to_layer(index):
-                self._calibrate(module)
-        self.result.alignments = [self.alignments[self._key(layer)] for layer in self.layers]
+    def run(self, seed):
+        """Draws every layer in the space of the reference and turns it into the new network's."""
+        for plan, layer in zip(self.sampler.plan, self.new.layers):
+            for norm in plan.norms:
+                self._calibrate(norm)
+            A = self._align(plan)
+            self._measure(plan)
+            if plan is self.sampler.plan[-1]:
+                W = sum(self.reference.aligned_weights(plan.k)) / len(self.reference.networks)
+            else:
+                generator = torch.Generator().manual_seed(_seed_of(seed, plan.k))
+                W, neurons = self.sampler.draw(plan.k, generator)
+                self._set_neurons(plan, neurons)
+            layer.set(transport(W.to(A.device), A))
+            self.result.alignments.append(A)
+        for norm in self.sampler.norms_at_the_end:
+            self._calibrate(norm)
         if self.sampler.test is not None:
-            batches = self.testing.at(self.program.end, "accuracy")
-            scores = ((env[self.program.output], labels) for (env,), labels in batches)
-            self.note(_accuracy(len(self.layers) - 1, scores))
-
-    # ---- what is known of the two networks
+            program = self.programs[-1]
+            batches = self.testing.at(program.end, "accuracy")
+            self._note(_accuracy(plan.k, ((values[program.output], labels) for (values,), labels in batches)))
+        return self.result
 
     def _open_data(self):
-        sampler, device = self.sampler, device_of(self.network)
-        memory = _memory(sampler.memory, device)
-        everything = [*self.originals, self.program]
-        self.statistics = self.aligning = Activations(everything, sampler.loader, memory // 4 * 3, sampler.progress)
+        sampler, new = self.sampler, self.programs[-1:]
+        memory, progress = memory_for(device_of(self.new.module), sampler.memory), sampler.progress
+        self.statistics = self.aligning = Activations(self.programs, sampler.loader, memory // 4 * 3, progress)
         if sampler.test is not None:
-            self.testing = Activations([self.program], sampler.test, memory // 4, sampler.progress)
+            self.testing = Activations(new, sampler.test, memory // 4, progress)
         if sampler.align_on_test:
-            self.statistics = Activations([self.program], sampler.loader, memory // 4, sampler.progress)
-            self.aligning = Activations(everything, sampler.test, memory // 2, sampler.progress)
+            self.statistics = Activations(new, sampler.loader, memory // 4, progress)
+            self.aligning = Activations(self.programs, sampler.test, memory // 2, progress)
 
-    def _check_same_steps(self):
-        steps = [step.name for step in self.program.steps]
-        for program in self.originals:
-            if [step.name for step in program.steps] != steps:
-                raise RainbowError("the networks of a set must have the same architecture to be sampled from")
+    def _calibrate(self, name):
+        """Gives a normalisation of the new network the mean and variance of its input over the training set."""
+        program, norm, sums = self.programs[-1], Norm.of(self.new.module.get_submodule(name)), ChannelSums()
+        step = program.step_of(norm.module)
+        for (values,), _ in self.statistics.at(program.place(norm.module), "statistics", last_only=True):
+            sums.add(step.samples_of(norm.module, values, None))
+        norm.set(sums.mean, sums.var, sums.count)
 
-    def _touched(self):
-        """The names of the values that depend on a sampled layer."""
-        touched, first = set(), self.program.place(self.layers[0].module)
-        for position, step in enumerate(self.program.steps):
-            if position == first or touched & set(step.inputs):
-                touched.add(step.name)
-        return touched
-
-    def _is_a_value(self, module):
-        """Whether a module's input is a value of the program, rather than made inside a step."""
-        return self.program.step_of(module).holder is module
-
-    def _key(self, layer):
-        """What names a layer's input: the value that it is, or the layer itself where it runs inside a step."""
-        return self.program.step_of(layer.module).inputs[0] if self._is_a_value(layer.module) else layer.name
-
-    def _same_input(self, k):
-        """Whether a layer's input is the same fixed function of the images in both networks."""
-        module = self.layers[k].module
-        return k == 0 or self._is_a_value(module) and self.program.step_of(module).inputs[0] not in self.touched
-
-    def _leads_to_layer(self, index):
-        """Whether a normalisation's output is the next layer's input, so that one pass serves both (`_align`)."""
-        if index + 1 == len(self.calls) or self.sampler.align_on_test:
-            return False
-        norm, layer = self.calls[index][1], self.calls[index + 1][1]
-        return any(layer is known.module for known in self.layers) and self.program.leads_to(norm, layer)
-
-    def _norm_before(self, k):
-        """The normalisation that leads to layer k, and is not set yet; None if there is none."""
-        modules = [module for _, module in self.calls]
-        index = modules.index(self.layers[k].module) - 1
-        found = index >= 0 and Norm.find(modules[index]) and self._leads_to_layer(index)
-        return modules[index] if found and Norm.of(modules[index]).statistics else None
-
-    # ---- the steps of the construction
-
-    def _set_layer(self, k, owned):
-        layer, key = self.layers[k], self._key(self.layers[k])
-        if self._same_input(k):
-            size, device = self.sampler.layers[k].channels, accumulation_device(device_of(self.network))
-            self.alignments[key] = torch.eye(size, dtype=torch.float64, device=device)
-        self._align(k)
-        self._measure(k)
-        A = self.alignments[key]
-        if k == len(self.layers) - 1:
-            layer.set(transport(sum(self.reference.aligned_weights(k)) / len(self.reference.networks), A))
-            return
-        generator = torch.Generator().manual_seed(_seed_of(self.seed, k))
-        rows = draw_rows(self.sampler.covariances[k], layer.neurons, self.sampler.method, generator)
-        layer.set(transport(rows.to(A.device), A))
-        self._draw_neurons(k, owned, generator)
-
-    def _draw_neurons(self, k, names, generator):
-        """What neurons have beside weights: that of trained neurons, drawn with replacement."""
-        counts = [layers[k].neurons for layers in self.reference.layers]
-        chosen = draw_neurons(sum(counts), self.layers[k].neurons, generator)
-        for name in names:
-            parts = [
-                trained.get_parameter(name).detach().unflatten(0, (count, -1))
-                for trained, count in zip(self.reference.networks, counts)
-            ]
-            pool = torch.cat(parts)  # (ΣN, m, ...)
-            self.network.get_parameter(name).copy_(pool[chosen.to(pool.device)].flatten(0, 1))
-
-    def _calibrate(self, norm):
-        """Gives a normalisation the mean and variance of its input over the training set."""
-        step, position = self.program.step_of(norm), self.program.place(norm)
-        if self._is_a_value(norm) and step.inputs[0] not in self.touched or Norm.of(norm).statistics is None:
-            return
-        sums = ChannelSums()
-        for envs, _ in self.statistics.at(position, "statistics", all_networks=False):
-            sums.add(step.samples_of(norm, envs[-1], None))
-        Norm.of(norm).set(sums.mean, sums.var, sums.count)
-
-    def _align(self, k):
-        """Aligns a layer's input, and where accuracies are asked for what goes past it: one pass over the data."""
-        layer, key = self.layers[k], self._key(self.layers[k])
-        others, cross = self._others(k), None
-        if key not in self.alignments:
-            cross = _CrossCovariance(self, k, self._norm_before(k))
-        if not others and cross is None:
-            return
-        sums = {name: ProductSum(complex_values=False) for name in others}
-        position = self.program.place(layer.module) if cross is None else cross.position
-        for envs, _ in self.aligning.at(position, f"layer {k + 1}"):
-            if cross is not None:
-                cross.add(envs)
-            for name in others:
-                sums[name].add(*(Samples.of(channel_samples(env[name])) for env in (envs[0], envs[-1])))
+    def _align(self, plan):
+        """A_j; and the rotations of what goes around the layer, in the same pass over the data."""
+        program, layer = self.programs[-1], self.new.layers[plan.k]
+        if plan.known:
+            where = accumulation_device(device_of(self.new.module))
+            self.alignments[plan.key] = torch.eye(layer.channels, dtype=torch.float64, device=where)
+        cross = None if plan.key in self.alignments else _CrossCovariance(self, plan)
+        sums = {name: ProductSum(complex_values=False) for name in plan.around}
+        if cross is not None or sums:
+            module = layer.module if cross is None else cross.modules[-1]
+            for values, _ in self.aligning.at(program.place(module), f"layer {plan.k + 1}"):
+                if cross is not None:
+                    cross.add(values)
+                for name, product in sums.items():
+                    product.add(*(Samples.of(channel_samples(values[i][name])) for i in (0, -1)))
         if cross is not None:
-            A = self.alignments[key] = align(cross.finish(), layer.is_complex)
-            self.rotations[key] = self.reference.alignments[0][k].to(A) @ A
-        for name, product in sums.items():
-            self.rotations[name] = align(product.total())
+            A = self.alignments[plan.key] = align(cross.finish(), layer.is_complex)
+            self.rotations[plan.key] = self.reference.alignments[0][plan.k].to(A) @ A
+        self.rotations |= {name: align(product.total()) for name, product in sums.items()}
+        return self.alignments[plan.key]
 
-    def _others(self, k):
-        """The values beside layer k's input that go on from there, changed and not yet aligned."""
-        module = self.layers[k].module
-        if self.sampler.test is None or not self._is_a_value(module) or k == len(self.layers) - 1:
-            return []
-        return [
-            name
-            for name in self.program.live(self.program.place(module))
-            if name in self.touched and name != self._key(self.layers[k]) and name not in self.rotations
-        ]
+    def _set_neurons(self, plan, chosen):
+        """Gives the neurons of a layer the other parameters of the trained neurons chosen."""
+        counts = [layers[plan.k].neurons for layers in self.reference.layers]
+        for name in plan.owned:
+            trained = [network.get_parameter(name).detach() for network in self.reference.networks]
+            pool = torch.cat([each.unflatten(0, (count, -1)) for each, count in zip(trained, counts)])  # (ΣN, m, ...)
+            self.new.module.get_parameter(name).copy_(pool[chosen.to(pool.device)].flatten(0, 1))
 
-    def _measure(self, k):
-        """The accuracy before layer k is drawn: trained layers from k on, aligned to the new network before them."""
-        module = self.layers[k].module
-        if self.sampler.test is None or k == len(self.layers) - 1:
-            return
-        if k == 0:
-            self.note(self.sampler.trained_accuracy)
-        elif self.program.step_of(module).resumes(module):
-            batches = self.testing.at(self.program.place(module), "accuracy")
-            self.note(_accuracy(k, ((self._mixed(k, env), labels) for (env,), labels in batches)))
+    def _measure(self, plan):
+        """The accuracy before a layer is drawn: the trained layers from there on, aligned to the new ones before."""
+        if plan.measured and plan.k == 0:
+            self._note(self.sampler.trained_accuracy)
+        elif plan.measured:
+            batches = self.testing.at(self.programs[-1].place(self.new.layers[plan.k].module), "accuracy")
+            self._note(_accuracy(plan.k, ((self._mixed(plan, values), labels) for (values,), labels in batches)))
 
-    def _mixed(self, k, env):
-        """The scores of a network that is the new one before layer k and the trained one from there on."""
-        layer, key = self.layers[k], self._key(self.layers[k])
-        x = self.program.step_of(layer.module).input_of(layer.module, env)
-        if key in self.rotations:
-            x = layer.rotate(x, self.rotations[key].T)  # W (A φ) for a weight W: no conjugate
-        env = {name: x if name == key else self._rotated(name, value) for name, value in env.items()}
-        return self.originals[0].finish(self.sampler.layers[k].module, x, env)
+    def _note(self, accuracy):
+        self.result.accuracies.append(accuracy)
+        if self.report is not None:
+            self.report(accuracy)
+
+    def _mixed(self, plan, values):
+        """The scores of a network that is the new one before a layer and the trained one from there on."""
+        layer = self.new.layers[plan.k]
+        x = self.programs[-1].step_of(layer.module).input_of(layer.module, values)
+        if plan.key in self.rotations:
+            x = layer.rotate(x, self.rotations[plan.key].T)  # W (A φ) for a weight W: no conjugate
+        values = {name: x if name == plan.key else self._rotated(name, value) for name, value in values.items()}
+        return self.programs[0].finish(self.reference.layers[0][plan.k].module, x, values)
 
     def _rotated(self, name, value):
         """A value of the new network in the space of the first trained one."""
@@ -407,6 +336,43 @@ class _Construction:
             return value
         back = self.rotations[name].T.to(device=value.device, dtype=value.dtype)
         return torch.tensordot(value, back, dims=([1], [0])).movedim(-1, 1) if value.ndim > 3 else value @ back
+
+
+class _CrossCovariance:
+    """E[φ_ref φ_new^H] at a layer; if a normalisation leads to it, from samples of its input, as it is affine."""
+
+    def __init__(self, sampling, plan):
+        networks, self.k = [*sampling.reference.analysed, sampling.new], plan.k
+        self.layer, self.has_norm = sampling.new.layers[plan.k], plan.norm is not None
+        self.modules = [network.module.get_submodule(plan.norm or plan.name) for network in networks]
+        self.steps = [network.program.step_of(module) for network, module in zip(networks, self.modules)]
+        self.layers = [None if plan.norm else layers[plan.k] for layers in sampling.layers]
+        self.alignments = [each[plan.k] for each in sampling.reference.alignments]
+        self.products = [ProductSum(self.layer.is_complex) for _ in self.alignments]
+        self.sums, self.count = [ChannelSums() for _ in networks], 0
+
+    def add(self, values):
+        """A batch: the values of the trained networks, then of the new one."""
+        samples = [step.samples_of(*each) for step, *each in zip(self.steps, self.modules, values, self.layers)]
+        self.count += len(samples[-1])
+        for product, theirs in zip(self.products, samples):
+            product.add(theirs, samples[-1])
+        if self.has_norm:
+            for sums, each in zip(self.sums, samples):
+                sums.add(each)
+
+    def finish(self):
+        """The mean over the trained networks, aligned to the reference; sets the new network's normalisation."""
+        products = [product.total() / self.count for product in self.products]
+        warn_of_few_samples(self.layer.name, self.count, max(products[0].shape))
+        if self.has_norm:
+            norms, means = [Norm.of(module) for module in self.modules], [sums.mean for sums in self.sums]
+            norms[-1].set(means[-1], self.sums[-1].var, self.count)
+            maps = [norm.affine() for norm in norms]
+            products = [normalized_product(K, *of, means[-1], maps[-1]) for K, *of in zip(products, means, maps)]
+        dtype = torch.promote_types(self.alignments[0].dtype, products[0].dtype)
+        turned = [A.to(K.device, dtype).mH @ K.to(dtype) for A, K in zip(self.alignments, products)]
+        return sum(turned) / len(turned)
 
 
 def _accuracy(layer, batches):
@@ -419,68 +385,6 @@ def _accuracy(layer, batches):
         right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
         total += len(labels)
     return Accuracy(layer, *(100 * right / total).tolist())
-
-
-class _CrossCovariance:
-    """E[φ_ref φ_new^H] at layer k, from inputs before the normalisation that leads to it, if any.
-
-    Normalisations are affine, so that products before and after them are a matter of means: f -> (f - m) s + t.
-    """
-
-    def __init__(self, construction, k, norm):
-        self.construction, self.k, self.norm = construction, k, norm
-        self.layer = construction.layers[k]
-        self.module = self.layer.module if norm is None else norm
-        self.position = construction.program.place(self.module)
-        self.originals = [
-            (program, layers[k]) for program, layers in zip(construction.originals, construction.reference.layers)
-        ]
-        self.products = [ProductSum(self.layer.is_complex) for _ in self.originals]
-        self.sums = [ChannelSums() for _ in range(len(self.originals) + 1)]  # the last is the new network's
-        self.count = 0
-
-    def add(self, envs):
-        """A batch: the values live at `position` of the trained networks, then of the new one."""
-        step, is_layer = self.construction.program.steps[self.position], self.norm is None
-        own = step.samples_of(self.module, envs[-1], self.layer if is_layer else None)
-        self.count += len(own)
-        for index, (program, layer) in enumerate(self.originals):
-            trained = program.steps[self.position].samples_of(
-                self._counterpart(program, layer), envs[index], layer if is_layer else None
-            )
-            self.products[index].add(trained, own)
-            if self.norm is not None:
-                self.sums[index].add(trained)
-        if self.norm is not None:
-            self.sums[-1].add(own)
-
-    def finish(self):
-        """E[φ_ref φ_new^H]; sets the new network's normalisation. Warns where there are too few samples."""
-        K = [product.total() / self.count for product in self.products]
-        if self.count < max(K[0].shape):
-            warnings.warn(
-                f"layer {self.layer.name}: {self.count} samples for {max(K[0].shape)} channels do not "
-                "determine an alignment: give more images",
-                stacklevel=2,
-            )
-        if self.norm is not None:
-            own, sums = Norm.of(self.norm), self.sums[-1]
-            own.set(sums.mean, sums.var, sums.count)
-            for index, (program, layer) in enumerate(self.originals):
-                theirs = Norm.of(self._counterpart(program, layer)).affine()
-                K[index] = normalized_product(K[index], self.sums[index].mean, theirs, sums.mean, own.affine())
-        alignments = [each[self.k].to(K[0].device) for each in self.construction.reference.alignments]
-        return sum(
-            A.mH.to(torch.promote_types(A.dtype, each.dtype)) @ each.to(torch.promote_types(A.dtype, each.dtype))
-            for A, each in zip(alignments, K)
-        ) / len(K)
-
-    def _counterpart(self, program, layer):
-        """The trained network's module in place of `module`."""
-        if self.norm is None:
-            return layer.module
-        name = next(name for name, module in self.construction.calls if module is self.norm)
-        return program.network.get_submodule(name)
 
 
 def _seed_of(*numbers):

@@ -5,107 +5,73 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from rainbow.errors import RainbowError
-from rainbow.layers import Layer, evaluating, set_shape
+from rainbow.layers import Layer, set_shape
+from rainbow.network import Network
 from rainbow.norms import Norm
-from rainbow.registry import Architecture
+from rainbow.program import Architecture
+from rainbow.running import device_of, evaluating
 
 
-def call_order(network: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
-    """The modules that hold parameters or running statistics of their own, in the order of their first calls."""
-    order, handles = [], []
-
-    def hook(name):
-        def before(module, args):
-            if (name, module) not in order:
-                order.append((name, module))
-
-        return before
-
-    for name, module in network.named_modules():
-        own = next(module.parameters(recurse=False), None) is not None or Norm.find(module) is not None
-        if own and name:
-            handles.append(module.register_forward_pre_hook(hook(name)))
-    try:
-        with evaluating(network):
-            network(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order
-
-
-def neuron_parameters(calls: Sequence[tuple[str, nn.Module]], layers: Sequence[Layer]) -> list[list[str]]:
+def neuron_parameters(network: Network) -> list[list[str]]:
     """For each layer, the names of the parameters that have one value (or m values) for each of its neurons.
 
     They are the layer's bias, and what comes between it and the next layer: affine maps, gains and thresholds.
     """
-    position = {layer.module: k for k, layer in enumerate(layers)}
-    names, current = [[] for _ in layers], None
-    for name, module in calls:
-        current = position.get(module, current)
-        if current is None:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            is_weight = module in position and key == layers[position[module]].parameter
-            if (
-                not is_weight
-                and parameter.ndim
-                and parameter.numel() == parameter.shape[0]
-                and parameter.shape[0] % layers[current].neurons == 0
-            ):
-                names[current].append(f"{name}.{key}")
-    return names
+    layers = {layer.name: layer for layer in network.layers}
+    owned: dict[str, list[str]] = {name: [] for name in layers}
+    current = None
+    for name in network.calls:
+        current = layers.get(name, current)
+        for key, parameter in network.module.get_submodule(name).named_parameters(recurse=False):
+            if current is None or name in layers and key == layers[name].parameter or not parameter.ndim:
+                continue
+            if parameter.numel() == len(parameter) and len(parameter) % current.neurons == 0:
+                owned[current.name].append(f"{name}.{key}".lstrip("."))
+    return list(owned.values())
 
 
-def resize(
-    network: nn.Module,
-    layers: Sequence[Layer],
-    widths: Sequence[int],
-    example: Tensor,
-    calls: Sequence[tuple[str, nn.Module]],
-) -> nn.Module:
+def resize(network: Network, widths: Sequence[int]) -> nn.Module:
     """A copy of the network whose layers but the last have the given numbers of neurons, its weights not yet set.
 
-    Where shapes stay, so do values. Raises RainbowError if the widths do not fit together (at the sum of a shortcut).
+    Values stay if their shapes do. Raises RainbowError if the widths do not fit together (at the sum of a shortcut).
     """
-    if list(widths) == [layer.neurons for layer in layers[:-1]]:
-        return copy.deepcopy(network)
-    names = [layer.name for layer in layers[:-1]]
+    names = [layer.name for layer in network.layers]
+    if list(widths) == [layer.neurons for layer in network.layers[:-1]]:
+        return copy.deepcopy(network.module)
     try:
-        resized = Architecture.find(network)(network).resized(dict(zip(names, widths)))
+        resized = Architecture.of(network.module).resized(dict(zip(names, widths)))
     except ValueError as error:
         raise RainbowError(f"these widths fit no network: {error}") from error
-    if resized is not None:
-        return resized
-    return _resize_modules(network, layers, widths, example, calls)
+    if resized is None:
+        resized = copy.deepcopy(network.module)
+        _refit(network.rebind(resized), neuron_parameters(network), widths)
+    return resized
 
 
-def _resize_modules(network, layers, widths, example, calls):
-    """Modules take the shape that their input has when it first comes by."""
-    resized = copy.deepcopy(network)
-    modules = dict(resized.named_modules())
-    wanted = {
-        modules[layer.name]: (replace(layer, module=modules[layer.name]), width)
-        for layer, width in zip(layers, [*widths, layers[-1].neurons])
-    }
-    for names, layer, width in zip(neuron_parameters(calls, layers), layers, widths):
+def _refit(network, owned, widths):
+    """Gives the modules of a network the shapes that their inputs have when they first come by."""
+    wanted = {layer.module: (layer, n) for layer, n in zip(network.layers, [*widths, network.layers[-1].neurons])}
+    for names, layer, width in zip(owned, network.layers, widths):
         for owner, _, key in (name.rpartition(".") for name in names):
-            old = getattr(modules[owner], key)
-            shape = (old.shape[0] // layer.neurons * width, *old.shape[1:])
-            set_shape(modules[owner], key, shape)
+            module = network.module.get_submodule(owner)
+            length = len(getattr(module, key)) // layer.neurons * width
+            set_shape(module, key, (length, *getattr(module, key).shape[1:]))
 
     def before(module, args):
-        _fit(module, args[0], *wanted.get(module, (None, None)))
+        if module in wanted:
+            layer, neurons = wanted[module]
+            layer.resize(neurons, args[0].shape[layer.channel_axis])
+        elif (norm := Norm.of(module)) is not None:
+            norm.resize(args[0].shape[1])
 
-    handles = [modules[name].register_forward_pre_hook(before) for name, _ in calls]
+    handles = [network.module.get_submodule(name).register_forward_pre_hook(before) for name in network.calls]
     try:
-        with evaluating(resized):
-            resized(example)
+        with evaluating(network.module):
+            network.module(network.example.to(device_of(network.module)))
     except (RuntimeError, ValueError) as error:
         raise RainbowError(
             f"the widths {' '.join(map(str, widths))} do not fit together: {str(error).splitlines()[0]} "
@@ -114,19 +80,10 @@ def _resize_modules(network, layers, widths, example, calls):
     finally:
         for handle in handles:
             handle.remove()
-    return resized
-
-
-def _fit(module, x, layer, neurons):
-    """Gives a layer, of so many `neurons`, or a normalisation the shape that its input needs."""
-    if layer is not None:
-        layer.resize(neurons, x.shape[layer.channel_axis])
-    elif (norm := Norm.of(module)) is not None:
-        norm.resize(x.shape[1])
 
 
 def checked_widths(widths: Sequence[int] | None, layers: Sequence[Layer]) -> list[int]:
-    """The widths of all layers but the last, by default their own. Raises RainbowError where they do not fit."""
+    """The widths of all layers but the last, by default their own. Raises RainbowError if they do not fit."""
     own = [layer.neurons for layer in layers[:-1]]
     if not own:
         raise RainbowError("a network of one layer has nothing to sample: its only layer is the classifier")

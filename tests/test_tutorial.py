@@ -303,9 +303,9 @@ def small_loader(data):
 
 
 def test_covariances_and_alignments_equal_those_of_utils(pair, data):
+    from rainbow import weight_layers
     from rainbow.alignment import Alignment, alignment_error, transport
     from rainbow.covariance import WeightCovariance
-    from rainbow.layers import weight_layers
     from rainbow.moments import moments
 
     a, b = pair
@@ -329,8 +329,8 @@ def test_covariances_and_alignments_equal_those_of_utils(pair, data):
 
 
 def test_clipping_equals_that_of_utils(pair, data):
+    from rainbow import weight_layers
     from rainbow.clipping import clipped_accuracies
-    from rainbow.layers import weight_layers
 
     a, loader = pair[0], small_loader(data)
     lib.train(a, data, epochs=2, lr=0.05, batch_size=32)

@@ -11,9 +11,9 @@ from models.block import BlockConfig
 from models.rainbow_layers import ProjectionLayer
 from models.scatnet import ScatNet, ScatNetConfig
 from models.signal import Signal
+from rainbow import weight_layers
 from rainbow.alignment import Alignment, MeanNetwork, align, alignment_error, transport
 from rainbow.errors import RainbowError
-from rainbow.layers import weight_layers
 from rainbow.moments import moments
 
 

@@ -139,7 +139,7 @@ def test_the_table_tells_of_every_layer_and_of_what_was_skipped(loader):
     rainbow.align(rainbow.network)
     table = rainbow.table()
     assert "body.3  8×54" in table and "body.6  4×32" in table and "error 0.000" in table
-    assert "unused  skipped: it is not called" in table and "body.0  skipped: it is not asked for" in table
+    assert "unused  skipped: not called" in table and "body.0  skipped: not asked for" in table
     summary = rainbow.summaries()[0]
     assert (summary.neurons, summary.dimension, summary.rank) == (8, 54, 8) and 1 < summary.effective_dimension <= 8
 

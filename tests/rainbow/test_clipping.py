@@ -9,10 +9,10 @@ from models import build
 from models.block import BlockConfig
 from models.scatnet import ScatNetConfig
 from models.signal import Signal
+from rainbow import weight_layers
 from rainbow.clipping import clipped_accuracies, even_ranks
 from rainbow.covariance import WeightCovariance, complete_basis, random_basis
 from rainbow.errors import RainbowError
-from rainbow.layers import weight_layers
 
 
 class Residual(nn.Module):

@@ -9,9 +9,11 @@ from models.block import BlockConfig
 from models.rainbow_layers import ProjectionLayer
 from models.scatnet import ScatNet, ScatNetConfig
 from models.signal import Signal
+from rainbow import weight_layers
 from rainbow.errors import RainbowError
-from rainbow.layers import ConvLayer, LinearLayer, inspect, weight_layers
+from rainbow.layers import ConvLayer, LinearLayer
 from rainbow.moments import moments
+from rainbow.network import analyse
 from rainbow.samples import ChannelSums, ProductSum, Samples
 
 
@@ -74,11 +76,9 @@ def test_layers_follow_the_calls_not_the_definitions():
         def forward(self, x):
             return self.last(F.relu(self.first(x)))
 
-    found = inspect(Reversed(), torch.randn(2, 6))
+    found = analyse(Reversed(), torch.randn(2, 6))
     assert [layer.name for layer in found.layers] == ["first", "last"]
-    assert {name: reason for name, (reason, _) in found.skipped.items()} == {
-        "unused": "it is not called in a forward pass"
-    }
+    assert {name: reason for name, (reason, _) in found.skipped.items()} == {"unused": "not called in a forward pass"}
 
 
 def test_layers_of_a_scattering_network_need_no_example():
@@ -117,7 +117,7 @@ def test_rotating_an_input_is_rotating_weights():
 
 def test_what_is_skipped_and_why():
     network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 2, 2))
-    skipped = inspect(network, torch.randn(1, 2, 8, 8)).skipped
+    skipped = analyse(network, torch.randn(1, 2, 8, 8)).skipped
     assert "4 groups" in skipped["1"].reason and "transposed" in skipped["2"].reason
 
 

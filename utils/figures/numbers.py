@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rainbow import Layer, weight_layers
 from rainbow.alignment import Alignment, MeanNetwork, transport
 from rainbow.clipping import clipped_accuracies, even_ranks
 from rainbow.covariance import (
@@ -24,7 +25,6 @@ from rainbow.covariance import (
     explained_variance,
     random_basis,
 )
-from rainbow.layers import Layer, weight_layers
 from rainbow.moments import moments
 from rainbow.random_matrix import bulk_test, fit_decay, normality_p_value, real_samples
 from utils.experiments.registry import Experiment

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from models import rainbow_layers
+from rainbow import Layer, weight_layers
 from rainbow.alignment import MeanNetwork
-from rainbow.layers import Layer, weight_layers
 from utils.data.datasets import Datasets, load_datasets
 from utils.errors import UserError
 from utils.experiments.registry import Experiment, figure_sets

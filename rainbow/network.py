@@ -1,0 +1,193 @@
+"""One network, analysed: its weight layers, the order of its calls and its steps, found once and handed on."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rainbow.errors import RainbowError
+from rainbow.layers import Layer, LinearLayer, Skipped
+from rainbow.norms import Norm
+from rainbow.program import Architecture, Program
+from rainbow.running import device_of, evaluating, first_images
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network and what one dry forward pass of it showed. Made by `analyse`.
+
+    example: two images, None if there were none; layers: the weight layers, in forward order (without an example, as
+    they were defined); calls: the names of all modules with parameters or running statistics of their own, in the order
+    of their first calls; repeated: how often, for those called more than once; skipped: what is not analysed, by name.
+    """
+
+    module: nn.Module
+    example: Tensor | None
+    layers: tuple[Layer, ...]
+    calls: tuple[str, ...]
+    repeated: dict[str, int]
+    skipped: dict[str, Skipped]
+
+    @cached_property
+    def program(self) -> Program:
+        """The network as steps. It must have an example."""
+        return Program(self.module, self.example)
+
+    def select(self, names: Iterable[str] | None = None) -> list[Layer]:
+        """All layers, or those named. Raises RainbowError for a name that is unknown or given twice."""
+        if names is None:
+            return list(self.layers)
+        known = {layer.name: layer for layer in self.layers}
+        chosen = [find_name(name, known) for name in names]
+        for name in chosen:
+            if chosen.count(name) > 1:
+                raise RainbowError(f"layer {name} is asked for {chosen.count(name)} times")
+        return [known[name] for name in chosen]
+
+    def rebind(self, module: nn.Module) -> Network:
+        """The same of a copy of the network with other weights or widths."""
+        layers = (replace(layer, module=module.get_submodule(layer.name)) for layer in self.layers)
+        return replace(self, module=module, layers=tuple(layers))
+
+
+def weight_layers(model: nn.Module, example_or_loader: Any = None, names: Iterable[str] | None = None) -> list[Layer]:
+    """The weight layers of a network in forward order, all of them or those named, in the order of `names`.
+
+    `example_or_loader`: a batch of images, or anything that yields (images, labels): one forward pass of it, with
+    hooks, finds the order of the layers and what is flattened in front of them. Without it, networks of a registered
+    architecture make their own example, and others give their layers in the order in which they were defined.
+
+    Raises RainbowError if the network has no weight layer, offers no hooks, or has no layer of a given name.
+    """
+    return analyse(model, example_or_loader).select(names)
+
+
+def find_name(name: str, known: Iterable[str]) -> str:
+    """The name itself if it is known; otherwise RainbowError with the nearest known ones."""
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(str(name), known, 3, 0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+    raise RainbowError(f"no weight layer {name!r} in this network; {hint}")
+
+
+def analyse(model: nn.Module | Network, example_or_loader: Any = None) -> Network:
+    """Analyses a network, unless that was done before, by one dry forward pass; else as `weight_layers`."""
+    if isinstance(model, Network):
+        return model
+    check_module(model)
+    names = {module: name for name, module in model.named_modules() if Layer.find(module) or _has_own(module)}
+    example = make_example(model, example_or_loader)
+    counts, flat = dict.fromkeys(names, 1), {}
+    if example is not None:
+        counts = _dry_pass(model, names, example, flat)
+    layers, skipped = [], {}
+    for module in [*counts, *(module for module in names if module not in counts)]:
+        adapter = Layer.find(module)
+        if adapter is None:
+            skipped |= _other_weights(names[module], module)
+        elif module not in counts:
+            skipped[names[module]] = Skipped("not called in a forward pass")
+        elif (refusal := adapter.refusal(module)) is not None:
+            skipped[names[module]] = refusal
+        else:
+            layers.append(adapter.of(names[module], module, flat.get(module)))
+    if not layers:
+        reasons = [f"; {name}: {reason}" for name, (reason, _) in list(skipped.items())[:3]]
+        raise RainbowError(
+            f"{type(model).__name__} has no linear layer or convolution that can be analysed" + "".join(reasons)
+        )
+    repeated = {names[module]: count for module, count in counts.items() if count > 1}
+    return Network(model, example, tuple(layers), tuple(names[module] for module in counts), repeated, skipped)
+
+
+def check_module(model: nn.Module) -> None:
+    """Raises RainbowError if this is no network that can be analysed."""
+    if not isinstance(model, nn.Module):
+        raise RainbowError(f"a network is a torch.nn.Module, got a {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise RainbowError(f"{type(model).__name__} is compiled and offers no hooks: give the module it was made from")
+
+
+def check_finite(layers: Iterable[Layer]) -> None:
+    """Raises RainbowError if a weight is not finite, naming the layer and how many there are."""
+    for layer in layers:
+        bad = int((~torch.isfinite(layer.weight.abs())).sum())
+        if bad:
+            raise RainbowError(
+                f"layer {layer.name}: {bad} of its {layer.weight.numel()} weights are not finite (NaN or "
+                "infinite); the training has diverged, analyse an earlier epoch"
+            )
+
+
+def make_example(model: nn.Module, example_or_loader: Any = None) -> Tensor | None:
+    """Two images for a dry forward pass, on the network's device; None if nothing says what they look like."""
+    if example_or_loader is None:
+        example = Architecture.of(model).example()
+    elif isinstance(example_or_loader, Tensor):
+        example = example_or_loader
+    else:
+        first = next(iter(example_or_loader), None)
+        example = None if first is None else first_images(first)
+    return None if example is None else example[:2].to(device_of(model))
+
+
+def _has_own(module):
+    return next(module.parameters(recurse=False), None) is not None or Norm.find(module) is not None
+
+
+def _other_weights(name, module):
+    """Matrices of parameters that belong to no weight layer, as in attention or embeddings."""
+    reason = Skipped(f"a weight of {type(module).__name__}, not a linear layer")
+    parameters = module.named_parameters(recurse=False)
+    matrices = [key for key, parameter in parameters if parameter.ndim >= 2 and min(parameter.shape[:2]) > 1]
+    return {f"{name}.{key}".lstrip("."): reason for key in matrices}
+
+
+class _Flattenings(TorchFunctionMode):
+    """Remembers the shape (C, M, N) of every feature map that is flattened to (B, C·M·N), by C·M·N: the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out, source = func(*args, **(kwargs or {})), args[0] if args else None
+        flat = all(isinstance(x, Tensor) for x in (out, source)) and out.ndim == 2 < source.ndim
+        if flat and (len(out), out.numel()) == (len(source), source.numel()):
+            self.shapes[out.shape[1]] = tuple(source.shape[1:])
+        return out
+
+
+def _dry_pass(model, names, example, flat):
+    """How often each module is called, in the order of first calls; fills `flat` with shapes flattened before them."""
+    counts, flattenings = {}, _Flattenings()
+
+    def before(module, args):
+        counts[module] = counts.get(module, 0) + 1
+        adapter = Layer.find(module)
+        if counts[module] == 1 and adapter and issubclass(adapter, LinearLayer) and args[0].ndim == 2:
+            shape = flattenings.shapes.pop(args[0].shape[1], None)
+            if shape is not None and math.prod(shape[1:]) > 1:
+                flat[module] = shape
+
+    hooks = [module.register_forward_pre_hook(before) for module in names]
+    try:
+        with evaluating(model), flattenings:
+            model(example)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        line, shape = (str(error).splitlines() or [""])[0], tuple(example.shape)
+        raise RainbowError(f"{type(model).__name__} cannot process images of shape {shape}: {line}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts
