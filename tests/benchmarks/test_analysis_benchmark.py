@@ -16,7 +16,7 @@ def test_the_products_alone_are_those_of_the_moments():
         torch.testing.assert_close(of_real + of_imaginary, moments.real[rows, columns], atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*do not determine an alignment")
+@pytest.mark.filterwarnings("ignore:.*do not determine the result")
 def test_ratios_are_measured_of_any_network():
     data = analysis.random_images(8, 4)
     networks = [analysis.resnet(0.03, seed) for seed in range(2)]
