@@ -12,7 +12,6 @@ from pathlib import Path
 
 from soak import disks, divergence, hostile, kills, load, locks, ranks
 from soak.trial import Trial
-from utils.experiments.processes import warm_up
 
 CHECKS = {
     "training-killed": kills.training_killed,
@@ -73,7 +72,6 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(1000)
-    warm_up()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         print(f"seed {args.seed}")
