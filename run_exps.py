@@ -1,9 +1,9 @@
 """Every experiment of the paper: list, print, run, follow, submit.
 
 python run_exps.py --print                     the commands of all of them
-python run_exps.py --scale laptop              train the whole paper in small, on this machine
+python run_exps.py --scale laptop              train the whole paper at small scale, on this machine
 python run_exps.py --figure 3 --status         what is done, running, failed or missing for a figure
-python run_exps.py --submit slurm --gpus 1     hand them to a cluster
+python run_exps.py --submit slurm --gpus 1     submit them to a cluster
 """
 
 import argparse
@@ -14,9 +14,7 @@ import sys
 from pathlib import Path
 
 from utils.errors import UserError, did_you_mean, run_main
-from utils.experiments import cluster, processes, runner
-from utils.experiments import registry as experiments
-from utils.experiments import status as progress
+from utils.experiments import cluster, processes, registry, runner, status
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -24,104 +22,86 @@ FOLDER = Path(__file__).resolve().parent
 def parser():
     """The command line."""
     parser = argparse.ArgumentParser(description="Every experiment of the paper: list, print, run, follow, submit.")
-    which = parser.add_argument_group("which (all conditions together; what they need is run too)")
-    which.add_argument("--scale", default="paper", help="paper (default) or laptop: all of it in small, for two cores")
+    which = parser.add_argument_group("which (all conditions must hold; what the chosen ones need is run too)")
+    which.add_argument("--scale", default="paper", help="paper (default), or laptop: all of it, small, for two cores")
     which.add_argument("--only", nargs="+", metavar="GROUP", help="experiments of these groups")
     which.add_argument("--figure", nargs="+", type=int, metavar="N", help="experiments of these figures of the paper")
     which.add_argument("--match", metavar="REGEX", help="experiments whose name matches somewhere")
     which.add_argument("--name", nargs="+", metavar="NAME", help="experiments of these names")
     what = parser.add_argument_group("what to do with them (default: run them)").add_mutually_exclusive_group()
-    what.add_argument("--print", action="store_true", help="print '[ i/n] name:<tab>command' and end")
-    what.add_argument("--status", action="store_true", help="a table of what is done, running, failed, missing")
-    what.add_argument("--submit", choices=("slurm", "local"), help="hand them to SLURM, or to submitit on this machine")
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="processes at a time, the cores or GPUs shared out between "
-        "them (default: laptop, one per core; paper, one per GPU or one)",
-    )
-    how.add_argument(
-        "--start",
-        choices=("warm", "fresh"),
-        help="fork a process that has its imports done (default at "
-        "the laptop scale on a CPU under Linux), or start an interpreter anew for each",
-    )
-    how.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where runs are kept")
-    how.add_argument(
-        "--data",
-        default=os.environ.get("IMAGENET_DIR"),
-        metavar="DIR",
-        help="ImageNet's folder (default: IMAGENET_DIR)",
-    )
-    how.add_argument("--data-dir", metavar="DIR", help="where downloaded data sets live")
-    how.add_argument("--device", help="passed on to every run")
+    what.add_argument("--print", action="store_true", help="print '[ i/n] name:<tab>command' and exit")
+    what.add_argument("--status", action="store_true", help="print what is done, running, failed, missing, and exit")
+    what.add_argument("--submit", choices=("slurm", "local"), help="submit them to SLURM, or in the same way here")
+    _add_running_options(parser.add_argument_group("how"))
     trial = parser.add_argument_group("a trial (other training flags, in folders named trial-…)")
-    for flag in experiments.TRIAL_FLAGS:
+    for flag in registry.TRIAL_FLAGS:
         trial.add_argument(flag, metavar="X", help=f"passed on to every training in place of its own {flag}")
     cluster.add_arguments(parser.add_argument_group("clusters (--submit)"))
     return parser
 
 
+def _add_running_options(how):
+    jobs = "processes at a time, which share the cores or GPUs (default: one per core at the laptop scale; one per GPU)"
+    start = "warm: fork a process that has imported torch (default at the laptop scale without GPU on Linux), or fresh"
+    data = os.environ.get("IMAGENET_DIR")
+    how.add_argument("--jobs", type=int, metavar="N", help=jobs)
+    how.add_argument("--start", choices=("warm", "fresh"), help=start)
+    how.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="folder of the runs' folders")
+    how.add_argument("--data", default=data, metavar="DIR", help="ImageNet's folder (default: IMAGENET_DIR)")
+    how.add_argument("--data-dir", metavar="DIR", help="folder of downloaded data sets")
+    how.add_argument("--device", help="passed on to every run")
+
+
 def select(args):
-    """The experiments that the command line asks for. Raises UserError where it names what does not exist."""
-    if args.scale not in experiments.SCALES:
-        raise UserError(f"--scale {args.scale}: no such scale{did_you_mean(args.scale, experiments.SCALES)}")
-    chosen = all_experiments(args)
-    names = {experiment.name for experiment in chosen}
-    for group in args.only or ():
-        if group not in experiments.groups(args.scale):
-            raise UserError(f"--only {group}: no such group{did_you_mean(group, experiments.groups(args.scale))}")
-    for figure in args.figure or ():
-        if figure not in experiments.figures(args.scale):
-            raise UserError(f"--figure {figure}: no such figure; known: {experiments.figures(args.scale)}")
-    for name in args.name or ():
-        if name not in names:
-            raise UserError(f"--name {name}: no such experiment{did_you_mean(name, names)}")
+    """The experiments that the command line asks for. Raises UserError if it names what does not exist."""
+    listed = all_experiments(args)
+    names = [experiment.name for experiment in listed]
+    known = {"only": registry.groups(args.scale), "figure": registry.figures(args.scale), "name": names}
+    for flag, values in known.items():
+        for value in getattr(args, flag) or ():
+            if value not in values:
+                what = {"only": "group", "name": "experiment"}.get(flag, flag)
+                raise UserError(f"--{flag} {value}: no such {what}{did_you_mean(value, values)}")
     try:
         pattern = re.compile(args.match or "")
     except re.error as error:
         raise UserError(f"--match {args.match}: not a regular expression ({error})") from error
     chosen = [
         experiment
-        for experiment in chosen
+        for experiment in listed
         if (not args.only or experiment.group in args.only)
         and (not args.figure or set(args.figure) & set(experiment.figures))
         and (not args.name or experiment.name in args.name)
         and pattern.search(experiment.name)
     ]
     if not chosen:
-        raise UserError("no experiment is all of this at once; --print without conditions lists them")
+        raise UserError("no experiment meets all of these conditions; --print without conditions lists them")
     return chosen
 
 
 def all_experiments(args):
-    """Every experiment of the scale, as a trial where flags are overridden, as one of many inside a SLURM array."""
-    listed = list(experiments.experiments(args.scale))
-    values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in experiments.TRIAL_FLAGS}
+    """Every experiment of the scale, as a trial if flags are overridden, as one of many inside a SLURM array."""
+    if args.scale not in registry.SCALES:
+        raise UserError(f"--scale {args.scale}: no such scale{did_you_mean(args.scale, registry.SCALES)}")
+    listed = registry.experiments(args.scale)
+    values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in registry.TRIAL_FLAGS}
     overrides = {flag: value for flag, value in values.items() if value is not None}
     if not overrides.get("--epochs", "1").isdigit():
         raise UserError(f"--epochs {args.epochs}: should be a whole number")
     if overrides:
-        listed = [experiments.trial(experiment, overrides) for experiment in listed]
+        listed = [registry.trial(experiment, overrides) for experiment in listed]
     task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if task.isdigit():
-        listed = [experiments.with_init(experiment, int(task)) for experiment in listed]
+        listed = [registry.with_init(experiment, int(task)) for experiment in listed]
     return listed
 
 
 def with_needs(chosen, listed):
     """The chosen experiments and all that they need, in order."""
-    known, wanted = {experiment.name: experiment for experiment in listed}, {}
-
-    def add(experiment):
-        for need in experiment.needs:
-            add(known[need])
-        wanted[experiment.name] = experiment
-
-    for experiment in chosen:
-        add(experiment)
+    wanted = {experiment.name for experiment in chosen}
+    for experiment in reversed(listed):  # each is listed after those it needs
+        if experiment.name in wanted:
+            wanted.update(experiment.needs)
     return [experiment for experiment in listed if experiment.name in wanted]
 
 
@@ -136,7 +116,7 @@ def print_commands(chosen, args):
     width = len(str(len(chosen)))
     for i, experiment in enumerate(chosen, 1):
         command = experiment.command(data=args.data, extra=extra_flags(args))
-        print(f"[{i:>{width}}/{len(chosen)}] {experiment.name}:\t{experiments.printed(command)}")
+        print(f"[{i:>{width}}/{len(chosen)}] {experiment.name}:\t{registry.printed(command)}")
 
 
 def gpus():
@@ -154,26 +134,21 @@ def gpus():
 def run(chosen, args):
     """Runs the experiments on this machine. Returns the exit status."""
     devices = gpus() if args.device in (None, "auto", "cuda") else ()
-    jobs = args.jobs or (runner.cores() if args.scale == "laptop" and not devices else max(1, len(devices)))
-    small = args.scale == "laptop" and not devices and sys.platform == "linux"
-    start = args.start or ("warm" if small else "fresh")
-    if start == "warm" and not hasattr(os, "fork"):
-        raise UserError("--start warm: this system cannot fork; --start fresh")
-    starts = {"warm": processes.start_warm, "fresh": processes.start_fresh}
+    is_small = args.scale == "laptop" and not devices
+    start = args.start or ("warm" if is_small and sys.platform == "linux" else "fresh")
+    jobs = args.jobs or (runner.cores() if is_small else max(1, len(devices)))
+    os.environ["OMP_NUM_THREADS"] = runner.threads_per_job(jobs)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))
     settings = runner.Settings(
         root=Path(args.checkpoints),
         folder=FOLDER,
-        start=starts[start],
+        start=processes.start_warm if start == "warm" else processes.start_fresh,
         jobs=jobs,
         data=args.data,
         extra=extra_flags(args),
         gpus=devices,
     )
-    work = runner.Runner(chosen, settings)
-    if start == "warm" and work.settle():
-        os.environ["OMP_NUM_THREADS"] = runner.threads_per_job(jobs)
-        processes.warm_up()
-    return work.run()
+    return runner.Runner(chosen, settings).run()
 
 
 def main(argv=None):
@@ -185,7 +160,7 @@ def main(argv=None):
         print_commands(chosen, args)
         return 0
     if args.status:
-        print("\n".join(progress.status_table(args.checkpoints, chosen)))
+        print("\n".join(status.status_table(args.checkpoints, chosen)))
         return 0
     needed = with_needs(chosen, all_experiments(args))
     if args.submit:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from utils.errors import StoppedError, UserError, run_main
-from utils.experiments.registry import flags_of
+from utils.experiments.status import flags_of
 from utils.lock import Lock
 
 
@@ -48,7 +48,8 @@ def main(argv):
 
 
 def train(folder, name, argv, epochs, output):
-    write(folder / "args.json", json.dumps({"argv": argv}))
+    shares = {"threads": os.environ.get("OMP_NUM_THREADS"), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    write(folder / "args.json", json.dumps({"argv": argv, **shares}))
     last = folder / output
     epoch, state = json.loads(last.read_text()) if last.exists() else (0, "")
     status = {"state": "running", "epoch": epoch, "epochs": epochs, "acc1": 10.0 + epoch}
@@ -63,7 +64,7 @@ def train(folder, name, argv, epochs, output):
         if re.search(os.environ.get("FAKE_KILL", "^$"), name):
             os.kill(os.getpid(), signal.SIGKILL)
         epoch, state = epoch + 1, hashlib.sha256(f"{state}{name}{epoch}".encode()).hexdigest()
-        write(last, json.dumps([epoch, state]))
+        write(last, json.dumps([epoch, state]) + " " * 500 * epoch)
         write(folder / "status.json", json.dumps({**status, "epoch": epoch, "acc1": 10.0 + epoch}))
     write(folder / "status.json", json.dumps({**status, "state": "finished", "epoch": epoch, "acc1": 10.0 + epoch}))
 

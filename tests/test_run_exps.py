@@ -17,11 +17,13 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.experiments import registry
-from utils.experiments.runner import longest_first
+from utils.experiments.cluster import minutes
+from utils.experiments.runner import cores, longest_first
 from utils.experiments.status import work
 from utils.lock import holder
 
 NARROWEST = "^(?=.*WP2WP4WP8WP8-norm)(?!.*-init)"
+WHITE = f"{NARROWEST}.*white"
 TWO_WIDTHS = "^(?=.*WP[24]WP.*-norm)(?!.*-init)"
 
 
@@ -29,31 +31,28 @@ TWO_WIDTHS = "^(?=.*WP[24]WP.*-norm)(?!.*-init)"
 def repository(tmp_path):
     shutil.copy(ROOT / "run_exps.py", tmp_path)
     for folder in ("utils", "models", "notebook_data"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for script in ("main_block.py", "resample.py"):
         shutil.copy(ROOT / "tests" / "fake_script.py", tmp_path / script)
+    for package in ("torch", "torchvision", "sklearn"):  # which the scripts pretend to need, and which take long
+        (tmp_path / f"{package}.py").write_text("raise ImportError")
     return tmp_path
 
 
-def command(*flags):
-    return [sys.executable, "run_exps.py", "--scale", "laptop", "--start", "fresh", *flags]
-
-
-def environment(**more):
+def how(repository, flags, environment):
+    """Arguments for `subprocess` that run `run_exps.py` on the scripts that pretend."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "FAKE_"))}
-    return {**inherited, **more}
+    command = [sys.executable, "run_exps.py", "--scale", "laptop", "--start", "fresh", *flags]
+    return {"args": command, "cwd": repository, "env": {**inherited, **environment}, "text": True}
 
 
-def run(repository, *flags, **more):
-    return subprocess.run(
-        command(*flags),
-        cwd=repository,
-        env=environment(**more),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def run(repository, *flags, **environment):
+    return subprocess.run(**how(repository, flags, environment), capture_output=True, timeout=60, check=False)
+
+
+def start(repository, *flags, **environment):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(**how(repository, flags, environment), **pipes)
 
 
 def chosen(pattern):
@@ -66,46 +65,48 @@ def begun(repository, experiment):
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
-def status(repository, experiment):
-    return json.loads((repository / "checkpoints" / experiment.name / "status.json").read_text())["state"]
+def written(repository, experiment, name="status"):
+    return json.loads((repository / "checkpoints" / experiment.name / f"{name}.json").read_text())
+
+
+def are_finished(repository, experiments):
+    return all(written(repository, experiment)["state"] == "finished" for experiment in experiments)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_print_lists_every_command(repository):
-    result = run(repository, "--print", "--data", "/sets/imagenet")
-    lines = result.stdout.splitlines()
+    lines = run(repository, "--print", "--data", "/sets/imagenet").stdout.splitlines()
     experiments = registry.experiments("laptop")
     assert len(lines) == len(experiments)
     for i, (line, experiment) in enumerate(zip(lines, experiments), 1):
         assert line == f"[{i:>3}/{len(experiments)}] {experiment.name}:\t" + registry.printed(experiment.command())
 
 
-def test_print_puts_imagenets_folder_in(repository):
-    lines = run(repository, "--scale", "paper", "--figure", "7", "--print", IMAGENET_DIR="/sets/imagenet").stdout
-    assert lines.count("--data /sets/imagenet") == 2
-    assert run(repository, "--scale", "paper", "--figure", "7", "--print").stdout.count(registry.IMAGENET) == 2
-
-
-def test_print_is_fast():
-    started = time.monotonic()
-    subprocess.run([sys.executable, "run_exps.py", "--print"], cwd=ROOT, capture_output=True, check=True)
-    assert time.monotonic() - started < 2
+def test_print_fills_in_imagenets_folder(repository):
+    flags = ("--scale", "paper", "--figure", "7", "--print")
+    assert run(repository, *flags, IMAGENET_DIR="/sets/imagenet").stdout.count("--data /sets/imagenet") == 2
+    assert run(repository, *flags).stdout.count(registry.IMAGENET) == 2
 
 
 def test_everything_runs_in_the_order_of_needs_and_only_once(repository):
     first = run(repository, "--match", NARROWEST, "--jobs", "3")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "4 of 4 experiments are finished" in first.stdout
-    assert all(status(repository, experiment) == "finished" for experiment in chosen(NARROWEST))
-    started = time.monotonic()
+    assert are_finished(repository, chosen(NARROWEST))
     again = run(repository, "--match", NARROWEST)
     assert (again.returncode, again.stdout) == (0, "All 4 experiments are finished: nothing to do.\n")
-    assert time.monotonic() - started < 5
     assert [begun(repository, e) for e in chosen(NARROWEST)] == [list(range(e.epochs)) for e in chosen(NARROWEST)]
 
 
 def test_what_is_needed_is_run_too(repository):
     assert run(repository, "--match", f"{NARROWEST}.*retrainclf").returncode == 0
-    assert status(repository, chosen(f"{NARROWEST}.*clnobias$")[0]) == "finished"
+    assert are_finished(repository, chosen(NARROWEST)[:3])
 
 
 def test_longest_chains_begin_first_and_needs_before_all():
@@ -119,33 +120,42 @@ def test_longest_chains_begin_first_and_needs_before_all():
     assert works == sorted(works, reverse=True)
 
 
+def test_processes_share_the_cores_or_the_gpus(repository):
+    experiments = chosen(NARROWEST)[::3]
+    flags = ("--jobs", "2", "--name", *(experiment.name for experiment in experiments))
+    run(repository, *flags, CUDA_VISIBLE_DEVICES="3,5", OMP_NUM_THREADS="", FAKE_SECONDS="0.1")
+    written_by = [written(repository, experiment, "args") for experiment in experiments]
+    assert [each["threads"] for each in written_by] == [str(max(1, cores() // 2))] * 2
+    assert sorted(each["gpus"] for each in written_by) == ["3", "5"]
+
+
 def test_a_failure_is_shown_and_leaves_the_rest_unharmed(repository):
     trained, sampled, retrained, white = chosen(NARROWEST)
     result = run(repository, "--match", NARROWEST, FAKE_FAIL="^digits.*clnobias$")
     assert result.returncode == 1
     assert f"{trained.name}: failed, exit status 1" in result.stdout and "RuntimeError: made to fail" in result.stdout
-    assert f"{sampled.name}: left out, it needs {trained.name}" in result.stdout
-    assert f"{retrained.name}: left out, it needs {sampled.name}" in result.stdout
+    assert f"{sampled.name}: skipped: requires {trained.name}" in result.stdout
+    assert f"{retrained.name}: skipped: requires {sampled.name}" in result.stdout
     assert "1 of 4 experiments are finished, 1 failed, 2 blocked" in result.stdout
-    assert status(repository, white) == "finished"
+    assert are_finished(repository, [white])
     assert run(repository, "--match", NARROWEST).returncode == 0
 
 
 def test_a_killed_process_is_reported(repository):
-    result = run(repository, "--match", f"{NARROWEST}.*white", FAKE_KILL="white")
+    result = run(repository, "--match", WHITE, FAKE_KILL="white")
     assert result.returncode == 1 and "failed, killed by SIGKILL" in result.stdout
 
 
 def test_a_changed_definition_is_reported_and_kept(repository):
-    (white,) = chosen(f"{NARROWEST}.*white")
-    run(repository, "--match", f"{NARROWEST}.*white")
+    (white,) = chosen(WHITE)
+    run(repository, "--match", WHITE)
     args = repository / "checkpoints" / white.name / "args.json"
-    args.write_text(args.read_text().replace('"0.05"', '"0.01"'))
+    args.write_text(args.read_text().replace("0.05", "0.01"))
     before = begun(repository, white)
-    result = run(repository, "--match", f"{NARROWEST}.*white")
-    assert result.returncode == 1 and "--lr 0.01, now 0.05" in result.stdout
+    result = run(repository, "--match", WHITE)
+    assert result.returncode == 1 and "lr = 0.01, now 0.05" in result.stdout
     assert begun(repository, white) == before
-    assert "changed" in run(repository, "--match", f"{NARROWEST}.*white", "--status").stdout
+    assert "changed" in run(repository, "--match", WHITE, "--status").stdout
 
 
 def test_a_removed_output_or_need_is_made_again(repository):
@@ -160,20 +170,12 @@ def test_a_removed_output_or_need_is_made_again(repository):
 
 def test_two_runners_share_a_folder(repository):
     flags = ("--match", TWO_WIDTHS, "--jobs", "2")
-    both = [
-        subprocess.Popen(
-            command(*flags),
-            cwd=repository,
-            env=environment(FAKE_SECONDS="0.01"),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for _ in range(2)
-    ]
+    both = [start(repository, *flags, FAKE_SECONDS="0.05")]
+    wait_for(lambda: list(repository.rglob("epochs_begun.txt")))
+    both.append(start(repository, *flags, FAKE_SECONDS="0.05"))
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert any("in the hands of" in output for output in outputs), outputs
+    assert any("already being run by" in output for output in outputs), outputs
     for experiment in chosen(TWO_WIDTHS):
         assert begun(repository, experiment) == list(range(experiment.epochs))
 
@@ -182,13 +184,7 @@ def test_two_runners_share_a_folder(repository):
 def test_killed_at_any_moment_it_finishes_redoing_at_most_an_epoch(repository, seed):
     draw, kills = random.Random(seed), 0
     while True:
-        process = subprocess.Popen(
-            command("--match", NARROWEST, "--jobs", "2"),
-            cwd=repository,
-            text=True,
-            stdout=subprocess.PIPE,
-            env=environment(FAKE_SECONDS="0.03"),
-        )
+        process = start(repository, "--match", NARROWEST, "--jobs", "2", FAKE_SECONDS="0.03")
         try:
             output = process.communicate(timeout=draw.uniform(0.1, 0.8))[0]
             break
@@ -204,46 +200,36 @@ def test_killed_at_any_moment_it_finishes_redoing_at_most_an_epoch(repository, s
         assert epochs == sorted(epochs), "an epoch that was done was begun again"
 
 
-@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_stop_it_cleanly(repository, signum, expected):
-    process = subprocess.Popen(
-        command("--match", NARROWEST, "--jobs", "2"),
-        cwd=repository,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(FAKE_SECONDS="0.2"),
-    )
+@pytest.mark.parametrize("how_started", ["fresh", "warm"])
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_signals_stop_it_and_its_processes(repository, signum, expected, how_started):
+    process = start(repository, "--match", NARROWEST, "--jobs", "2", "--start", how_started, FAKE_SECONDS="0.2")
     trained = chosen(NARROWEST)[0]
     wait_for(lambda: begun(repository, trained))
     process.send_signal(signum)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == expected
-    assert len(errors.splitlines()) == 1 and "0 of 4 experiments are finished" in errors
-    assert not any(map(holder, (repository / "checkpoints").rglob("lock")))
+    if signum != signal.SIGKILL:
+        assert len(errors.splitlines()) == 1 and "0 of 4 experiments are finished" in errors
+    wait_for(lambda: not any(map(holder, (repository / "checkpoints").rglob("lock"))))
+    assert len(begun(repository, trained)) < trained.epochs
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_a_full_disk_fails_clearly_and_the_next_call_goes_on(repository):
-    """Files that may not grow beyond 1 KB stand for a disk that fills up in the middle of a run."""
-    (white,) = chosen(f"{NARROWEST}.*white")
-    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *command("--match", f"{NARROWEST}.*white")]
-    result = subprocess.run(limited, cwd=repository, env=environment(), capture_output=True, text=True, check=False)
+def test_a_full_disk_fails_clearly_and_the_next_call_resumes(repository):
+    """Files that may not grow beyond 4 KB stand for a disk that fills up in the middle of a run."""
+    (white,) = chosen(WHITE)
+    limited = how(repository, ("--match", WHITE), {})
+    limited["args"] = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *limited["args"]]
+    result = subprocess.run(**limited, capture_output=True, check=False)
     assert (result.returncode, result.stderr) == (1, "")
     assert f"{white.name}: failed" in result.stdout and 0 < len(begun(repository, white)) < white.epochs
-    assert run(repository, "--match", f"{NARROWEST}.*white").returncode == 0
+    assert run(repository, "--match", WHITE).returncode == 0
     assert len(begun(repository, white)) <= white.epochs + 1
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_line(repository):
     (repository / "checkpoints").write_text("a file where the folder should be")
-    result = run(repository, "--match", f"{NARROWEST}.*white")
+    result = run(repository, "--match", WHITE)
     assert result.returncode == 1 and "failed, could not be started" in result.stdout
     assert result.stderr == ""
 
@@ -251,22 +237,96 @@ def test_a_folder_that_cannot_be_made_is_a_clear_line(repository):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--only", "resamplin"), "did you mean resampling"),
-        (("--figure", "10"), "no such figure"),
-        (("--scale", "lptop"), "did you mean laptop"),
-        (("--match", "("), "not a regular expression"),
-        (("--name", "digits-WP16-norm"), "no such experiment"),
-        (("--match", "nothing"), "no experiment is all of this"),
-        (("--jobs", "0"), "at least 1"),
-        (("--epochs", "two"), "whole number"),
-        (("--submit", "local", "--pack", "0"), "at least 1"),
-        (("--submit", "local", "--time", "soon"), "--time soon"),
+        ("--only resamplin", "did you mean resampling"),
+        ("--figure 10", "no such figure"),
+        ("--scale lptop", "did you mean laptop"),
+        ("--match (", "not a regular expression"),
+        ("--name digits-WP16-norm", "no such experiment"),
+        ("--match nothing", "no experiment meets all"),
+        ("--jobs 0", "at least 1"),
+        ("--epochs two", "whole number"),
+        ("--submit local --pack 0", "at least 1"),
+        ("--submit local --time soon", "--time soon"),
     ],
 )
 def test_bad_input_is_one_clear_line(repository, flags, expected):
-    result = run(repository, *flags)
+    result = run(repository, *flags.split())
     assert result.returncode == 2 and expected in result.stderr
     assert len(result.stderr.splitlines()) == 1 and not (repository / "checkpoints").exists()
+
+
+def test_imagenet_is_skipped_without_its_folder(repository):
+    result = run(repository, "--scale", "paper", "--only", "imagenet_spectra")
+    assert result.returncode == 1 and "requires ImageNet: --data DIR or IMAGENET_DIR" in result.stdout
+
+
+def test_a_trial_runs_beside_the_real_ones(repository):
+    assert run(repository, "--match", NARROWEST, "--epochs", "1").returncode == 0
+    assert [begun(repository, registry.trial(e, {"--epochs": "1"})) for e in chosen(NARROWEST)] == [[0]] * 4
+    assert not any(begun(repository, e) for e in chosen(NARROWEST))
+
+
+def test_status_tells_epochs_accuracies_and_time(repository):
+    run(repository, "--match", WHITE)
+    lines = run(repository, "--match", NARROWEST, "--status").stdout.splitlines()
+    assert len(lines) == 1 + 4 + 1 and lines[-1].startswith("4 experiments: 3 missing, 1 finished")
+    (white,) = [line for line in lines if "white" in line]
+    assert re.search(r"finished +15/15 +25\.0", white)
+
+
+@pytest.mark.parametrize(
+    "values", [{"epoch": "x"}, {"epochs": "9"}, {"acc1": [1]}, {"epoch": float("nan")}, {"state": 3}]
+)
+def test_status_survives_values_of_a_wrong_type(repository, values):
+    (white,) = chosen(WHITE)
+    folder = repository / "checkpoints" / white.name
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps({"state": "stopped", "epoch": 5, "epochs": 15, **values}))
+    (folder / "args.json").write_text('{"args": 5, "argv": 5}')
+    result = run(repository, "--match", WHITE, "--status")
+    assert result.returncode == 0 and "1 changed" in result.stdout and result.stderr == ""
+
+
+def test_warm_processes_are_like_fresh_ones(repository):
+    result = run(repository, "--match", NARROWEST, "--start", "warm", "--jobs", "2", FAKE_FAIL="white")
+    assert result.returncode == 1 and "RuntimeError: made to fail" in result.stdout
+    trained, sampled, retrained, _ = chosen(NARROWEST)
+    assert are_finished(repository, (trained, sampled, retrained))
+    log = (repository / "checkpoints" / "logs" / f"{trained.name}.log").read_text()
+    assert log.splitlines() == [f"epoch {epoch} of {trained.name}" for epoch in range(trained.epochs)]
+
+
+@pytest.mark.parametrize("how_started", ["fresh", "warm"])
+def test_a_script_that_cannot_be_run_says_so_in_its_log(repository, how_started):
+    (repository / "main_block.py").unlink()
+    result = run(repository, "--match", WHITE, "--start", how_started)
+    assert result.returncode == 1 and "No such file or directory" in result.stdout and result.stderr == ""
+
+
+@pytest.mark.slow
+def test_real_scripts_from_training_to_retraining(tmp_path):
+    """The chain of figure 3 for one width, one epoch of a few digits each; nothing is left to do afterwards."""
+    pattern = "WP4WP8WP16WP16-norm-L4-clbnstd-clnobias(-load|-white|$)"
+    flags = [
+        "--match",
+        pattern,
+        "--epochs",
+        "1",
+        "--data-subset",
+        "0:20",
+        "--checkpoints",
+        str(tmp_path),
+        "--jobs",
+        "2",
+    ]
+    for expected in ("4 of 4 experiments are finished", "All 4 experiments are finished: nothing to do.\n"):
+        result = run(ROOT, *flags, "--start", "warm")
+        assert result.returncode == 0 and expected in result.stdout, result
+    parts = [next(tmp_path.glob(f"trial-*/{name}")) for name in ("*clnobias", "resam*/*", "*-retrainclf", "*-trainclf")]
+    assert [json.loads((folder / "status.json").read_text())["state"] for folder in parts] == ["finished"] * 4
+
+
+# --- Clusters ----------------------------------------------------------------------------------------------------
 
 
 def test_without_submitit_or_slurm_it_says_so(repository):
@@ -277,75 +337,23 @@ def test_without_submitit_or_slurm_it_says_so(repository):
     assert result.returncode == 2 and "pip install submitit" in result.stderr
 
 
-def test_imagenet_is_left_out_without_its_folder(repository):
-    result = run(repository, "--scale", "paper", "--only", "imagenet_spectra")
-    assert result.returncode == 1 and "needs ImageNet: --data DIR or IMAGENET_DIR" in result.stdout
-
-
-def test_trial_runs_beside_the_real_ones(repository):
-    assert run(repository, "--match", NARROWEST, "--epochs", "1").returncode == 0
-    assert [begun(repository, registry.trial(e, {"--epochs": "1"})) for e in chosen(NARROWEST)] == [[0]] * 4
-    assert not any(begun(repository, e) for e in chosen(NARROWEST))
-
-
-def test_status_tells_epochs_accuracies_and_time(repository):
-    run(repository, "--match", f"{NARROWEST}.*white")
-    lines = run(repository, "--match", NARROWEST, "--status").stdout.splitlines()
-    assert len(lines) == 1 + 4 + 1 and lines[-1].startswith("4 experiments: 3 missing, 1 finished")
-    (white,) = [line for line in lines if "white" in line]
-    assert re.search(r"finished +15/15 +25\.0", white)
-
-
-def test_warm_processes_are_like_fresh_ones(repository):
-    result = run(repository, "--match", NARROWEST, "--start", "warm", "--jobs", "2", FAKE_FAIL="white")
-    assert result.returncode == 1 and "RuntimeError: made to fail" in result.stdout
-    trained, sampled, retrained, _ = chosen(NARROWEST)
-    assert all(status(repository, experiment) == "finished" for experiment in (trained, sampled, retrained))
-    log = (repository / "checkpoints" / "logs" / f"{trained.name}.log").read_text()
-    assert log.splitlines() == [f"epoch {epoch} of {trained.name}" for epoch in range(trained.epochs)]
-
-
-@pytest.mark.slow
-def test_real_scripts_from_training_to_retraining(tmp_path):
-    """The chain of figure 3 for one width, one epoch of a few digits each; nothing is left to do afterwards."""
-    flags = [
-        "--scale",
-        "laptop",
-        "--match",
-        "WP4WP8WP16WP16-norm-L4-clbnstd-clnobias(-load|-white|$)",
-        "--epochs",
-        "1",
-        "--data-subset",
-        "0:20",
-        "--checkpoints",
-        str(tmp_path),
-        "--jobs",
-        "2",
-    ]
-    outputs = [
-        subprocess.run(
-            [sys.executable, "run_exps.py", *flags],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        for _ in range(2)
-    ]
-    assert outputs[0].returncode == 0 and "4 of 4 experiments are finished" in outputs[0].stdout, outputs[0]
-    assert outputs[1].stdout == "All 4 experiments are finished: nothing to do.\n"
-    parts = [next(tmp_path.glob(f"trial-*/{name}")) for name in ("*clnobias", "resam*/*", "*-retrainclf", "*-trainclf")]
-    assert [json.loads((folder / "status.json").read_text())["state"] for folder in parts] == ["finished"] * 4
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("30:00", 30), ("1:30", 2), ("24:00:00", 1440), ("0:30:00", 30), ("0:00:01", 1)]
+    + [("1-12", 2160), ("2-00:30", 2910), ("7-00:00:00", 10080), ("1-02:03:04", 1564)],
+)
+def test_time_limits_mean_what_they_mean_for_slurm(text, expected):
+    assert minutes(text) == expected
 
 
 def test_submit_local_runs_two_experiments_and_their_dependent(repository):
-    names = [experiment.name for experiment in chosen(f"{NARROWEST}.*(clnobias|white-trainclf)$")]
-    assert len(names) == 3
+    experiments = chosen(f"{NARROWEST}.*(clnobias|white-trainclf)$")
+    assert len(experiments) == 3
+    names = [experiment.name for experiment in experiments]
     result = run(repository, "--submit", "local", "--jobs", "2", "--name", *names)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.endswith("3 of 3 jobs ended well.\n")
-    assert all(status(repository, registry.by_name("laptop")[name]) == "finished" for name in names)
+    assert result.stdout.endswith("3 of 3 jobs succeeded.\n")
+    assert are_finished(repository, experiments)
 
 
 def test_a_failed_job_stops_its_dependents(repository):
@@ -364,22 +372,8 @@ def test_slurm_gets_needs_as_dependencies(repository):
     (tools / "srun").write_text("#!/bin/sh\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    result = run(
-        repository,
-        "--submit",
-        "slurm",
-        "--match",
-        TWO_WIDTHS,
-        "--pack",
-        "2",
-        "--partition",
-        "gpu",
-        "--gpus",
-        "1",
-        "--time",
-        "2:30:00",
-        PATH=f"{tools}:{os.environ['PATH']}",
-    )
+    flags = "--submit slurm --pack 2 --partition gpu --gpus 1 --time 2:30:00".split()
+    result = run(repository, *flags, "--match", TWO_WIDTHS, PATH=f"{tools}:{os.environ['PATH']}")
     assert result.returncode == 0, result.stdout + result.stderr
     scripts = [(repository / f"script{n}").read_text() for n in range(100, 104)]
     assert not (repository / "script104").exists()

@@ -1,7 +1,7 @@
-"""Handing experiments to a cluster through submitit (an optional dependency): SLURM, or the same path on this machine.
+"""Submits experiments through submitit (an optional dependency) to SLURM, or to this machine in the same way.
 
-Every job is `run_exps.py --name …` on its experiments, so that a job that was requeued skips what is finished and
-goes on with what was started. What an experiment needs becomes a dependency of its job.
+Every job is `run_exps.py --name …` on its experiments, so that a requeued job skips what is finished and resumes what
+was started. What an experiment needs becomes a dependency of its job.
 """
 
 import dataclasses
@@ -19,41 +19,38 @@ from utils.experiments.registry import TRIAL_FLAGS
 from utils.experiments.runner import in_order
 from utils.experiments.status import read_state
 
-PATIENCE = 60
+PATIENCE = 60  # seconds that a job has to save its state
 REQUEUES = 1000
 
 
 def add_arguments(group):
     """The flags of --submit."""
     group.add_argument("--partition", metavar="NAME", help="SLURM's partition")
-    group.add_argument("--gpus", type=int, default=None, metavar="N", help="GPUs per job (default: none asked for)")
+    group.add_argument("--gpus", type=int, metavar="N", help="GPUs per job (default: SLURM's own)")
     group.add_argument(
         "--time",
         default="24:00:00",
-        metavar="H:M:S",
-        help="time limit of a job (default 24:00:00); a job that meets it is requeued and goes on",
+        help="time limit of a job as in sbatch (default 24:00:00), after which it requeues",
     )
     group.add_argument(
-        "--pack", type=int, default=1, metavar="N", help="experiments per job (default 1), --jobs of them at a time"
+        "--pack", type=int, default=1, metavar="N", help="experiments per job, --jobs at a time (default 1)"
     )
 
 
 def minutes(text):
-    """A time limit in minutes: H:M:S, H:M, or minutes. Raises UserError."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+)(?::(\d+))?", text)
+    """SLURM's time limits in minutes, rounded up: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
-        raise UserError(f"--time {text}: should be H:M:S or a number of minutes")
-    days, hours, first, last = match.groups()
-    if hours is None and last is None and days is None:
-        return int(first)
-    if hours is None:
-        hours, first, last = first, last or 0, 0
-    return int(days or 0) * 1440 + int(hours) * 60 + int(first) + (int(last or 0) > 0)
+        raise UserError(f"--time {text}: should be as in sbatch: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S")
+    days, first, second, third = (number and int(number) for number in match.groups())
+    if days is None and third is None:
+        return first + -(-(second or 0) // 60)
+    return (days or 0) * 1440 + first * 60 + (second or 0) + -(-(third or 0) // 60)
 
 
 class Job:
     """What runs on a node: the runner on some experiments. submitit pickles it, calls it, and after SLURM's warning
-    asks it for a `checkpoint`: it stops the runner, whose processes save their state, and hands itself in again."""
+    asks for a `checkpoint`: it stops the runner, whose processes save their state, and submits itself again."""
 
     def __init__(self, command):
         self.command, self._process = command, None
@@ -87,154 +84,119 @@ class Unit:
     experiments: list
     job: object = None
 
-    @property
-    def needs(self):
-        return {need for experiment in self.experiments for need in experiment.needs}
+    def needs(self, other):
+        """Whether an experiment of another unit must be finished before this one."""
+        needed = {need for experiment in self.experiments for need in experiment.needs}
+        return any(experiment.name in needed for experiment in other.experiments)
 
     @property
     def label(self):
         more = len(self.experiments) - 1
         return self.experiments[0].name + (f" and {more} more" if more else "")
 
+    def start(self, executor, args, folder):
+        """Submits run_exps.py on the experiments, with the flags that say where and how."""
+        command = [sys.executable, str(folder / "run_exps.py"), "--scale", args.scale, "--jobs", str(args.jobs or 1)]
+        for flag in ("--checkpoints", "--data", "--data-dir", "--device", "--start", *TRIAL_FLAGS):
+            value = getattr(args, flag[2:].replace("-", "_"))
+            command += [flag, value] if value is not None else []
+        command += ["--name", *(experiment.name for experiment in self.experiments)]
+        self.job = executor.submit(Job(command))
+        print(f"job {self.job.job_id}: {self.label}", flush=True)
 
-def units(experiments, pack):
-    """Packs of at most `pack` experiments, none of which needs another of its own pack."""
-    depth, levels = {}, {}
+
+def levels(experiments, pack):
+    """Lists of units of at most `pack` experiments, each list needing only what is in those before it."""
+    depth, found = {}, {}
     for experiment in in_order(experiments):
-        depth[experiment.name] = max((depth.get(need, -1) for need in experiment.needs), default=-1) + 1
-        levels.setdefault(depth[experiment.name], []).append(experiment)
-    return [Unit(level[i : i + pack]) for _, level in sorted(levels.items()) for i in range(0, len(level), pack)]
+        depth[experiment.name] = level = max((depth.get(need, -1) for need in experiment.needs), default=-1) + 1
+        found.setdefault(level, []).append(experiment)
+    return [[Unit(each[i : i + pack]) for i in range(0, len(each), pack)] for _, each in sorted(found.items())]
 
 
 def submit(experiments, args, folder):
-    """Submits what is neither finished nor at work. Returns the exit status.
+    """Submits what is neither finished nor running. Returns the exit status.
 
     SLURM: returns when all jobs are in the queue. Local: waits for them, at most --jobs at a time.
-    Raises UserError where submitit or SLURM is missing, or a flag is wrong.
+    Raises UserError if submitit or SLURM is missing, or a flag is wrong.
     """
     if args.pack < 1:
         raise UserError(f"--pack {args.pack}: should be at least 1")
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         raise UserError("--submit inside a SLURM array: submit from outside, or run without --submit")
-    minutes(args.time)
-    chosen = []
+    limit, chosen = minutes(args.time), []
     for experiment in experiments:
         state = read_state(args.checkpoints, experiment)
-        if state.name in ("finished", "running"):
-            continue
         if state.name == "changed":
-            print(f"{experiment.name}: left out, its folder was made by another command ({state.detail})")
-        else:
+            print(f"{experiment.name}: skipped: its folder was made by another command ({state.detail})")
+        elif state.name not in ("finished", "running"):
             chosen.append(experiment)
     if not chosen:
         print(f"All {len(experiments)} experiments are finished or running: nothing to submit.")
         return 0
-    work = units(chosen, args.pack)
-    executor = _executor(args, work, folder)
-    follow = _wait_locally if args.submit == "local" else _queue
-    return follow(work, executor, args, folder)
+    executor = _executor(args, limit, _cores_per_run(chosen), folder)
+    return (_run_locally if args.submit == "local" else _queue)(levels(chosen, args.pack), executor, args, folder)
 
 
-def _executor(args, work, folder):
-    """submitit's executor with what the flags ask for."""
+def _executor(args, limit, cores, folder):
+    """submitit's executor with what the flags ask for; `limit`: of a job, in minutes; `cores`: of a run."""
     try:
         import submitit
     except ImportError as error:
         raise UserError("--submit needs submitit: pip install submitit") from error
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    logs = Path(args.checkpoints) / "logs" / "submitit" / "%j"
+    where = {"folder": Path(args.checkpoints) / "logs" / "submitit" / "%j", "max_num_timeout": REQUEUES}
     if args.submit == "local":
-        executor = submitit.LocalExecutor(folder=logs, max_num_timeout=REQUEUES)
-        executor.update_parameters(timeout_min=minutes(args.time), gpus_per_node=args.gpus or 0)
+        executor = submitit.LocalExecutor(**where)
+        executor.update_parameters(timeout_min=limit, gpus_per_node=args.gpus or 0)
         return executor
     if not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError("--submit slurm: this machine has no sbatch and srun; --submit local does without")
-    executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=REQUEUES)
-    parameters = {
-        "time": minutes(args.time),
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "job_name": "rainbow",
-        "cpus_per_task": _cpus(args, work),
-        "partition": args.partition,
-        "gpus_per_node": args.gpus,
-    }
-    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    executor = submitit.SlurmExecutor(**where)
+    fixed = {"time": limit, "nodes": 1, "ntasks_per_node": 1, "job_name": "rainbow"}
+    asked = {"cpus_per_task": (args.jobs or 1) * cores, "partition": args.partition, "gpus_per_node": args.gpus}
+    executor.update_parameters(**fixed, **{key: value for key, value in asked.items() if value is not None})
     return executor
 
 
-def _cpus(args, work):
-    """Cores for a job: for each experiment at a time, one and its loader's processes."""
-    workers = [
-        int(flags[flags.index("-j") + 1])
-        for unit in work
-        for experiment in unit.experiments
-        if "-j" in (flags := experiment.arguments)
-    ]
-    return (args.jobs or 1) * (1 + max(workers, default=1))
+def _cores_per_run(experiments):
+    """One for the training, and one for every process that loads its images."""
+    commands = [experiment.arguments for experiment in experiments]
+    return 1 + max((int(words[words.index("-j") + 1]) for words in commands if "-j" in words), default=1)
 
 
-def _command(unit, args, folder):
-    """run_exps.py on the experiments of a unit, with the flags that say where and how."""
-    command = [sys.executable, str(folder / "run_exps.py"), "--scale", args.scale, "--jobs", str(args.jobs or 1)]
-    for flag in ("--checkpoints", "--data", "--data-dir", "--device", "--start", *TRIAL_FLAGS):
-        value = getattr(args, flag[2:].replace("-", "_"))
-        command += [flag, value] if value is not None else []
-    return [*command, "--name", *(experiment.name for experiment in unit.experiments)]
-
-
-def _start(executor, unit, args, folder):
-    unit.job = executor.submit(Job(_command(unit, args, folder)))
-    print(f"job {unit.job.job_id}: {unit.label}", flush=True)
-
-
-def _makers(work, unit):
-    """The units whose experiments this one needs."""
-    return [other for other in work if any(experiment.name in unit.needs for experiment in other.experiments)]
-
-
-def _queue(work, executor, args, folder):
-    """Submits everything to SLURM; a job starts when those it needs have ended well."""
+def _queue(levels, executor, args, folder):
+    """Submits everything to SLURM; a job starts when those it needs have succeeded."""
+    work = [unit for level in levels for unit in level]
     for unit in work:
-        before = [other.job.job_id for other in _makers(work, unit)]
+        before = [other.job.job_id for other in work if unit.needs(other)]
         extra = {"dependency": "afterok:" + ":".join(before), "kill-on-invalid-dep": "yes"} if before else {}
         executor.update_parameters(additional_parameters=extra)
-        _start(executor, unit, args, folder)
+        unit.start(executor, args, folder)
     print(f"{len(work)} jobs are in the queue; --status follows them.")
     return 0
 
 
-def _wait_locally(work, executor, args, folder):
-    """Starts jobs on this machine as those they need end well, and waits for all."""
-    waiting, active, failed = list(work), [], []
-    try:
-        while waiting or active:
-            for unit in [unit for unit in active if unit.job.done()]:
-                active.remove(unit)
-                _report(unit, failed)
-            for unit in list(waiting):
-                makers = _makers(work, unit)
-                if any(maker in failed for maker in makers):
-                    print(f"{unit.label}: left out, what it needs failed")
-                    waiting.remove(unit)
-                    failed.append(unit)
-                elif len(active) < (args.jobs or 1) and not any(m in waiting or m in active for m in makers):
-                    waiting.remove(unit)
-                    _start(executor, unit, args, folder)
-                    active.append(unit)
-            time.sleep(0.05)
-    except KeyboardInterrupt:
-        for unit in active:
-            unit.job.cancel()
-        raise StoppedError("interrupted, the jobs are told to stop; the same command goes on") from None
-    print(f"{len(work) - len(failed)} of {len(work)} jobs ended well.")
+def _run_locally(levels, executor, args, folder):
+    """Runs the jobs on this machine, --jobs of a level at a time, and waits for them."""
+    size, failed = args.jobs or 1, []
+    for group in (level[i : i + size] for level in levels for i in range(0, len(level), size)):
+        blocked = [unit for unit in group if any(map(unit.needs, failed))]
+        started = [unit for unit in group if unit not in blocked]
+        try:
+            for unit in started:
+                unit.start(executor, args, folder)
+            errors = [unit.job.exception() for unit in started]
+        except KeyboardInterrupt:
+            for unit in filter(lambda unit: unit.job, started):
+                unit.job.cancel()
+            raise StoppedError("interrupted, the jobs are told to stop; rerun the same command to resume") from None
+        for unit in blocked:
+            print(f"{unit.label}: skipped: what it needs failed")
+        for unit, error in zip(started, errors):
+            end = "succeeded" if error is None else f"failed; its log is {unit.job.paths.stdout}"
+            print(f"job {unit.job.job_id}: {unit.label}: {end}", flush=True)
+        failed += blocked + [unit for unit, error in zip(started, errors) if error is not None]
+    total = sum(map(len, levels))
+    print(f"{total - len(failed)} of {total} jobs succeeded.")
     return 1 if failed else 0
-
-
-def _report(unit, failed):
-    error = unit.job.exception()
-    if error is not None:
-        failed.append(unit)
-        print(f"job {unit.job.job_id}: {unit.label}: failed; its log is {unit.job.paths.stdout}")
-        return
-    print(f"job {unit.job.job_id}: {unit.label}: ended well")

@@ -1,8 +1,8 @@
 """Starting scripts as processes of their own: in a fresh interpreter, or in a fork of one that has its imports done.
 
-Importing torch, torchvision and scikit-learn takes longer than training a small network on a laptop: `start_warm` forks
-the standard library's fork server, which has imported them once. Either way the script has a session of its own, so that
-Ctrl-C reaches it through the runner alone, and is told to stop (SIGTERM) when the runner dies.
+Importing torch, torchvision and scikit-learn takes longer than training a small network on a laptop: `start_warm`
+forks the standard library's fork server, which has imported them once. Either way the script has its own session, so
+that Ctrl-C reaches it through the runner alone, and is told to stop (SIGTERM) when the runner dies.
 """
 
 import ctypes

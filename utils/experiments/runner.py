@@ -1,8 +1,7 @@
 """Runs experiments in the order of their needs, several at a time, whatever happens to any one of them.
 
-What is finished is skipped, what was started goes on, a changed definition is reported, a failure is shown with the
-end of its log while the independent rest goes on. Several runners may share a folder: each leaves to the others what
-they are at.
+Finished ones are skipped, started ones resumed, a changed definition is reported, and a failure is shown with the end
+of its log while unrelated experiments continue. Several runners may share a folder: each skips what another is running.
 """
 
 import dataclasses
@@ -11,14 +10,15 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from utils.errors import DivergedError, StoppedError, UserError, WriteError
 from utils.experiments.status import Clock, duration, read_state, remaining, work
 
 MEANINGS = {UserError: "bad input", DivergedError: "it diverged", WriteError: "a file could not be written"}
-PATIENCE = 30
-TAIL = 15
+PATIENCE = 30  # seconds that processes have to save their state
+TAIL = 15  # lines of a log
 
 
 @dataclasses.dataclass
@@ -30,7 +30,7 @@ class Settings:
 
     root: Path
     folder: Path
-    start: callable
+    start: Callable
     jobs: int = 1
     data: str | None = None
     extra: tuple = ()
@@ -39,7 +39,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Run:
-    """A process at work on an experiment; `log_start`: where in its log this attempt begins."""
+    """A process that runs an experiment. log_start: where this attempt begins in its log."""
 
     experiment: object
     process: object
@@ -55,17 +55,16 @@ def cores():
 
 
 def threads_per_job(jobs):
-    """Threads for each of `jobs` processes: OMP_NUM_THREADS where it is set, an equal share of the cores otherwise."""
+    """Threads for each of `jobs` processes: OMP_NUM_THREADS if it is set, an equal share of the cores otherwise."""
     return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // jobs))
 
 
 def in_order(experiments):
-    """The experiments with every one after those it needs, otherwise in their order."""
+    """The experiments, every one after those it needs, otherwise in their order."""
     listed, names = [], {experiment.name: experiment for experiment in experiments}
 
     def visit(experiment):
-        if experiment.name in names:
-            del names[experiment.name]
+        if names.pop(experiment.name, None):
             for need in experiment.needs:
                 if need in names:
                     visit(names[need])
@@ -77,7 +76,7 @@ def in_order(experiments):
 
 
 def longest_first(experiments):
-    """The experiments with those that head the longest chains of work first, every one after those it needs.
+    """The experiments, those at the head of the longest chains of work first, every one after those it needs.
 
     Several processes at a time then end together, none waiting for one that began last.
     """
@@ -93,100 +92,83 @@ class Runner:
     """Runs a list of experiments. `run` returns the exit status: 0 if all are finished in the end, 1 otherwise."""
 
     def __init__(self, experiments, settings, terminal=None):
-        self.experiments = (longest_first if settings.jobs > 1 else in_order)(experiments)
-        self.settings = settings
-        self.terminal = sys.stdout.isatty() if terminal is None else terminal
-        self.waiting = list(self.experiments)
-        self.running, self.elsewhere = [], {}
-        self.outcome = {}
-        self.trained = 0
-        self.clock, self.started = Clock(), time.monotonic()
-        self.signal, self.interrupts = None, 0
-        self._shown = 0.0
+        self.waiting = (longest_first if settings.jobs > 1 else in_order)(experiments)
+        self.settings, self.running, self.outcome, self.elsewhere = settings, [], {}, {}
+        self.report = Report(settings, len(self.waiting), self.outcome, terminal)
+        self.signals = []
 
     def settle(self):
         """Ticks off what is finished already. Returns whether anything is left."""
         for experiment in list(self.waiting):
             if read_state(self.settings.root, experiment).name == "finished":
-                self.waiting.remove(experiment)
-                self.outcome[experiment.name] = "finished"
+                self._settle(experiment, "finished")
         return bool(self.waiting)
 
     def run(self):
         """Runs everything. Raises StoppedError after SIGINT or SIGTERM, once the processes have ended."""
         if self.settle() and self.outcome:
-            self._say(f"{len(self.outcome)} of {len(self.experiments)} experiments are finished already.")
+            self.report.say(f"{self.report.finished()} already.")
         before = {signum: signal.signal(signum, self._interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while (self.waiting or self.running) and self.signal is None:
+            while (self.waiting or self.running) and not self.signals:
                 self._reap()
                 self._launch()
-                self._show_progress()
+                self.report.progress(self.running, self.waiting)
                 time.sleep(0.05 if self.running or not self.waiting else 0.5)
         finally:
             self._stop()
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-        self._clear_line()
-        if self.signal is not None:
-            done = self._count("finished")
-            raise StoppedError(
-                f"stopped by a signal; {done} of {len(self.experiments)} experiments are finished, "
-                "the same command goes on with the rest",
-                self.signal,
-            )
-        return self._summary()
+        if self.signals:
+            self.report.clear_line()
+            done = self.report.finished()
+            raise StoppedError(f"stopped by a signal; {done}, rerun the same command for the rest", self.signals[-1])
+        return self.report.summary()
 
     # --- What can be started ---
+
+    def _settle(self, experiment, outcome, reason=""):
+        """Settles an experiment that was waiting; `reason`: why it is skipped."""
+        self.waiting.remove(experiment)
+        self.outcome[experiment.name] = outcome
+        if reason:
+            self.report.say(f"{experiment.name}: skipped: {reason}")
 
     def _launch(self):
         """Settles what needs no process, and starts as many of the others as there are free slots."""
         for experiment in list(self.waiting):
-            if self.signal is not None:
+            if self.signals:
                 return
-            verdict = self._verdict(experiment)
-            if verdict == "ready" and len(self.running) < self.settings.jobs:
-                self.waiting.remove(experiment)
-                self._start(experiment)
-            elif verdict not in ("ready", "wait"):
-                self.waiting.remove(experiment)
-                self.outcome[experiment.name] = verdict
+            unsettled = {other.name for other in [*self.waiting, *(run.experiment for run in self.running)]}
+            missing = [need for need in experiment.needs if self.outcome.get(need) != "finished"]
+            is_full = len(self.running) >= self.settings.jobs
+            if not unsettled & set(experiment.needs) and (missing or not is_full):
+                self._launch_one(experiment, missing)
 
-    def _verdict(self, experiment):
-        """ "wait", "ready", or the outcome of an experiment for which there is nothing to do."""
-        known = {other.name for other in self.waiting} | {run.experiment.name for run in self.running}
-        if any(need in known for need in experiment.needs):
-            return "wait"
-        missing = [need for need in experiment.needs if self.outcome.get(need) != "finished"]
-        if len(self.running) >= self.settings.jobs and not missing:
-            return "wait"
+    def _launch_one(self, experiment, missing):
         state = read_state(self.settings.root, experiment)
         if state.name == "finished":
-            return "finished"
-        if missing:
-            self._say(f"{experiment.name}: left out, it needs {missing[0]}")
-            return "blocked"
-        if state.name == "changed":
+            self._settle(experiment, "finished")
+        elif missing:
+            self._settle(experiment, "blocked", f"requires {missing[0]}")
+        elif state.name == "changed":
             folder = self.settings.root / experiment.name
-            self._say(
-                f"{experiment.name}: left out, {folder} was made by another command ({state.detail}); "
-                "move it away to run this one"
-            )
-            return "changed"
-        if state.name == "running":
+            reason = f"{folder} was made by another command ({state.detail}); move it away to run this one"
+            self._settle(experiment, "changed", reason)
+        elif state.name == "running":
             self._leave_to(state.detail, experiment)
-            return "wait"
-        self.elsewhere.pop(experiment.name, None)
-        if experiment.uses_imagenet and not self.settings.data:
-            self._say(f"{experiment.name}: left out, it needs ImageNet: --data DIR or IMAGENET_DIR")
-            return "blocked"
-        return "ready"
+        elif experiment.uses_imagenet and not self.settings.data:
+            self._settle(experiment, "blocked", "requires ImageNet: --data DIR or IMAGENET_DIR")
+        else:
+            self.elsewhere.pop(experiment.name, None)
+            self.waiting.remove(experiment)
+            self._start(experiment)
 
     def _leave_to(self, holder, experiment):
-        """Says, once, that another process is at an experiment."""
+        """Says, once, that another process runs an experiment."""
         if self.elsewhere.get(experiment.name) != holder:
             self.elsewhere[experiment.name] = holder
-            self._say(f"{experiment.name}: in the hands of {holder}, waiting for it")
+            self.report.say(f"{experiment.name}: already being run by {holder}, waiting for it")
 
     # --- Processes ---
 
@@ -198,16 +180,14 @@ class Runner:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as file:
-                run = Run(experiment, None, slot, log, file.tell(), time.monotonic())
-                run.process = self.settings.start(command, file, self._environment(slot))
+                process = self.settings.start(command, file, self._environment(slot))
+                self.running.append(Run(experiment, process, slot, log, file.tell(), time.monotonic()))
         except OSError as error:
             self._fail(experiment, f"could not be started: {error}")
-            return
-        self.running.append(run)
 
     def _environment(self, slot):
-        """The environment of the process in a slot: its share of the cores or its GPU."""
-        environment = dict(os.environ, OMP_NUM_THREADS=threads_per_job(self.settings.jobs))
+        """The environment of the process in a slot, with its GPU."""
+        environment = dict(os.environ)
         environment.pop("SLURM_ARRAY_TASK_ID", None)
         if self.settings.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.settings.gpus[slot % len(self.settings.gpus)]
@@ -222,30 +202,20 @@ class Runner:
             self.running.remove(run)
             state = read_state(self.settings.root, run.experiment)
             if state.name == "finished":
-                self._finish(run, state)
+                self.outcome[run.experiment.name] = "finished"
+                self.report.trained(run, state, [*self.waiting, *(other.experiment for other in self.running)])
             elif state.name == "running":
                 self._leave_to(state.detail, run.experiment)
                 self.waiting.append(run.experiment)
             else:
                 self._fail(run.experiment, _reason(status, state), _tail(run.log, run.log_start))
 
-    def _finish(self, run, state):
-        seconds = time.monotonic() - run.started
-        self.clock.add(work(run.experiment), seconds)
-        self.outcome[run.experiment.name] = "finished"
-        self.trained += 1
-        accuracy = "" if state.acc1 is None else f", {state.acc1:.1f} % top-1"
-        self._say(f"{self._place()} {run.experiment.name}: finished in {duration(seconds)}{accuracy}{self._times()}")
-
     def _fail(self, experiment, reason, lines=()):
         self.outcome[experiment.name] = "failed"
-        self._say(f"{self._place()} {experiment.name}: failed, {reason}")
-        for line in lines:
-            self._say(f"    {line}")
+        self.report.say(f"{self.report.place()} {experiment.name}: failed, {reason}", *lines)
 
     def _interrupt(self, signum, frame):
-        self.signal = signum
-        self.interrupts += 1
+        self.signals.append(signum)
 
     def _stop(self):
         """Ends the processes that still run: asks, waits for their checkpoints, and insists after a while."""
@@ -253,60 +223,77 @@ class Runner:
         for run in self.running:
             run.process.send(signal.SIGTERM)
         while any(run.process.poll() is None for run in self.running):
-            if time.monotonic() > deadline or self.interrupts > 1:
+            if time.monotonic() > deadline or len(self.signals) > 1:
                 for run in self.running:
                     run.process.send(signal.SIGKILL)
             time.sleep(0.02)
 
-    # --- What is said ---
 
-    def _count(self, outcome):
-        return sum(value == outcome for value in self.outcome.values())
+class Report:
+    """What a run prints: lines, and on a terminal one more that shows progress. `outcome`: name -> how it ended."""
 
-    def _place(self):
-        total = len(self.experiments)
-        return f"[{len(self.outcome):>{len(str(total))}}/{total}]"
+    def __init__(self, settings, total, outcome, terminal=None):
+        self.settings, self.total, self.outcome = settings, total, outcome
+        self.terminal = sys.stdout.isatty() if terminal is None else terminal
+        self.clock, self.begun = Clock(), time.monotonic()
+        self.shown = self.trained_here = 0
 
-    def _times(self):
-        left = 0
-        for experiment in [*self.waiting, *(run.experiment for run in self.running)]:
-            left += remaining(experiment, read_state(self.settings.root, experiment))
-        foretold = self.clock.foretell(left) if left else None
-        spent = duration(time.monotonic() - self.started)
-        if foretold is None:
-            return f"; {spent} so far"
-        return f"; {spent} so far, about {duration(foretold / self.settings.jobs)} left"
+    def say(self, text, *more):
+        self.clear_line()
+        print(text, *(f"    {line}" for line in more), sep="\n", flush=True)
 
-    def _say(self, text):
-        self._clear_line()
-        print(text, flush=True)
-
-    def _clear_line(self):
+    def clear_line(self):
         if self.terminal:
             print("\r\033[K", end="", flush=True)
 
-    def _show_progress(self):
-        """Once a second on a terminal: how far, which are at work, how long, how long still."""
-        if not self.terminal or time.monotonic() - self._shown < 1:
+    def place(self):
+        """How many are settled, "[ 3/12]"."""
+        return f"[{len(self.outcome):>{len(str(self.total))}}/{self.total}]"
+
+    def finished(self):
+        return f"{list(self.outcome.values()).count('finished')} of {self.total} experiments are finished"
+
+    def times(self, left):
+        """The time spent, and what the experiments that are left will take."""
+        spent = f"{duration(time.monotonic() - self.begun)} so far"
+        amount = sum(remaining(experiment, read_state(self.settings.root, experiment)) for experiment in left)
+        seconds = self.clock.estimate(amount) if amount else None
+        return spent if seconds is None else f"{spent}, about {duration(seconds / self.settings.jobs)} left"
+
+    def trained(self, run, state, left):
+        """Says that a run has finished; `left`: the experiments that are not settled yet."""
+        seconds = time.monotonic() - run.started
+        self.clock.add(work(run.experiment), seconds)
+        self.trained_here += 1
+        accuracy = "" if state.acc1 is None else f", {state.acc1:.1f} % top-1"
+        name = run.experiment.name
+        self.say(f"{self.place()} {name}: finished in {duration(seconds)}{accuracy}; {self.times(left)}")
+
+    def progress(self, running, waiting):
+        """Once a second on a terminal: how far, which are running, the time spent and left."""
+        if not self.terminal or time.monotonic() - self.shown < 1:
             return
-        self._shown = time.monotonic()
+        self.shown = time.monotonic()
         parts = []
-        for run in self.running:
+        for run in running:
             state = read_state(self.settings.root, run.experiment)
-            epoch = "" if state.epoch is None else f" (epoch {state.epoch}/{state.epochs})"
-            parts.append(f"{run.experiment.name}{epoch}")
-        line = f"{self._place()}{self._times()[1:]}: {', '.join(parts)}"
+            parts.append(run.experiment.name + (f" (epoch {state.epoch}/{state.epochs})" if state.epoch else ""))
+        times = self.times([*waiting, *(run.experiment for run in running)])
+        line = f"{self.place()} {times}: {', '.join(parts)}"
         print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
 
-    def _summary(self):
-        total, done = len(self.experiments), self._count("finished")
-        if done == total and not self.trained:
-            print(f"All {total} experiments are finished: nothing to do.")
-            return 0
-        others = [f"{self._count(name)} {name}" for name in ("failed", "changed", "blocked") if self._count(name)]
-        spent = duration(time.monotonic() - self.started)
-        print(f"{done} of {total} experiments are finished{''.join(', ' + other for other in others)} ({spent}).")
-        return 0 if done == total else 1
+    def summary(self):
+        """Prints the last line. Returns the exit status."""
+        outcomes = list(self.outcome.values())
+        done = outcomes.count("finished") == self.total
+        if done and not self.trained_here:
+            self.say(f"All {self.total} experiments are finished: nothing to do.")
+        else:
+            others = [
+                f", {outcomes.count(name)} {name}" for name in ("failed", "changed", "blocked") if name in outcomes
+            ]
+            self.say(f"{self.finished()}{''.join(others)} ({duration(time.monotonic() - self.begun)}).")
+        return 0 if done else 1
 
 
 def _reason(status, state):
@@ -314,7 +301,7 @@ def _reason(status, state):
         name = signal.Signals(-status).name
         return f"killed by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
     if status == 0:
-        return f"it ended well but its folder says {state.name!r}"
+        return f"exited with 0, but its folder says {state.name!r}"
     known = {error.exit_status: word for error, word in MEANINGS.items()}
     return f"exit status {status}" + (f" ({known[status]})" if status in known else "")
 
@@ -328,4 +315,4 @@ def _tail(log, start):
             text = file.read().decode(errors="replace")
     except OSError as error:
         return [f"(its log cannot be read: {error})"]
-    return [*text.rstrip().splitlines()[-TAIL:], f"(all of it: {log})"]
+    return [*text.rstrip().splitlines()[-TAIL:], f"(full log: {log})"]

@@ -1,43 +1,26 @@
-"""What the folders say: which experiments are done, running, failed or missing, how good, and how long still.
+"""What the folders say: which experiments are done, running, failed or missing, their accuracy and the time left.
 
-Reads what `utils/checkpoints.py` and `resample.py` leave in ROOT/NAME (args.json, status.json, metrics.csv), without
+Reads what `utils.runs.checkpoints` and `resample.py` leave in ROOT/NAME (args.json, status.json, metrics.csv), without
 torch, so that a table of all experiments takes no time.
 """
 
 import csv
 import dataclasses
+import math
+from collections import Counter
 from pathlib import Path
 
 from utils import lock
-from utils.experiments.registry import flags_of
 from utils.files import read_json
 
-# Flags that say where and how fast something runs, not what it computes.
-PLACEMENT = {
-    "-p",
-    "--print-freq",
-    "-j",
-    "--workers",
-    "--device",
-    "--checkpoints",
-    "--data",
-    "--data-dir",
-    "--dir",
-    "--experiment",
-    "--resume",
-    "--tensorboard",
-}
-ALIASES = {"-b": "--batch-size", "--wd": "--weight-decay", "-a": "--arch"}
-
-# A step's own cost beside its products (loader, Python, small kernels), in multiply-adds of one core.
-STEP = 100_000_000
+STEP = 100_000_000  # what every step costs besides its products (loader, Python, small kernels), in multiply-adds
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
     """Of one experiment. name: "missing", "running", "stopped", "failed", "changed", "damaged" or "finished".
 
-    epoch: the last one that is done, of `epochs`. acc1, acc5: percent on the test set. detail: a word to the user.
+    epoch: the last completed one, of `epochs`. acc1, acc5: percent on the test set. detail: a word to the user.
     """
 
     name: str
@@ -52,39 +35,55 @@ def read_state(root, experiment):
     """The `State` of an experiment's folder under `root`. Never raises: what cannot be read is "damaged"."""
     folder = Path(root) / experiment.name
     status, arguments = (read_json(folder / name, default={}) for name in ("status.json", "args.json"))
-    known = {"epoch": status.get("epoch"), "epochs": status.get("epochs"), "acc1": status.get("acc1")}
-    holder = lock.holder(folder / "lock")
-    if holder:
-        return State("running", detail=holder, **known)
-    if not (folder / "args.json").exists() and not (folder / "status.json").exists():
+    epoch, epochs, acc1 = (_number(status.get(key)) for key in ("epoch", "epochs", "acc1"))
+    known = State("finished", epoch and int(epoch), epochs and int(epochs), acc1)
+
+    def state(name, detail=""):
+        return dataclasses.replace(known, name=name, detail=detail)
+
+    if holder := lock.holder(folder / "lock"):
+        return state("running", holder)
+    if not any((folder / name).exists() for name in ("args.json", "status.json")):
         return State("missing")
-    if "argv" in arguments:
-        differences = changes(arguments["argv"], experiment.command()[2:])
-        if differences:
-            return State("changed", detail=differences, **known)
+    if "argv" in arguments and (differences := _changes(experiment, arguments["argv"])):
+        return state("changed", differences)
     if status.get("state") == "finished":
         if not (folder / experiment.output).exists():
-            return State("damaged", detail=f"{experiment.output} is not there", **known)
-        return State("finished", acc5=_last_acc5(folder), **known)
+            return state("damaged", f"{experiment.output} is missing")
+        return dataclasses.replace(known, acc5=([{}] + read_metrics(folder))[-1].get("val_acc5"))
     if status.get("state") == "failed":
-        return State("failed", detail=str(status.get("message") or ""), **known)
-    return State("stopped", **known) if status else State("damaged", detail="status.json cannot be read")
+        return state("failed", str(status.get("message") or ""))
+    return state("stopped") if status else state("damaged", "status.json cannot be read")
 
 
-def changes(before, now):
-    """What differs between two command lines' definitions ("--lr 0.01, now 0.05; …"), "" if nothing does."""
-    before, now = _definition(before), _definition(now)
+def _changes(experiment, argv):
+    if not isinstance(argv, list):
+        return "args.json is damaged"
+    before, now = _definition(argv), _definition(experiment.command()[2:])
     names = [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]
-    return "; ".join(f"{flag} {_shown(before, flag)}, now {_shown(now, flag)}" for flag in names)
+    return "; ".join(f"{flag.strip('-')} = {before.get(flag)}, now {now.get(flag)}" for flag in names)
+
+
+PLACEMENT = set(
+    "-p --print-freq -j --workers --device --checkpoints --data --data-dir --dir --experiment --resume".split()
+)
+ALIASES = {"-b": "--batch-size", "--wd": "--weight-decay", "-a": "--arch"}
 
 
 def _definition(argv):
-    flags = {ALIASES.get(flag, flag): values for flag, values in flags_of(map(str, argv)).items()}
+    flags = {ALIASES.get(flag, flag): " ".join(values) for flag, values in flags_of(map(str, argv)).items()}
     return {flag: values for flag, values in flags.items() if flag not in PLACEMENT}
 
 
-def _shown(flags, flag):
-    return (" ".join(flags[flag]) or "set") if flag in flags else "absent"
+def flags_of(arguments):
+    """{flag: values} of a command's arguments, in order. Numbers are never flags."""
+    flags, values = {}, []
+    for token in arguments:
+        if token.startswith("-") and not token[1:2].isdigit():
+            values = flags[token] = []
+        else:
+            values.append(token)
+    return {flag: tuple(values) for flag, values in flags.items()}
 
 
 # --- Time --------------------------------------------------------------------------------------------------------
@@ -95,8 +94,19 @@ def work(experiment):
     return experiment.cost + STEP * experiment.steps
 
 
+def remaining(experiment, state):
+    """The work that is left of an experiment in a state."""
+    if state.name in ("finished", "changed"):
+        return 0
+    return work(experiment) * (1 - _share_done(experiment, state))
+
+
+def _share_done(experiment, state):
+    return min((state.epoch or 0) / max(state.epochs or experiment.epochs, 1), 1)
+
+
 def read_metrics(folder):
-    """The rows of metrics.csv as dicts of numbers (None where empty), [] where there is none."""
+    """The rows of metrics.csv as dicts of numbers (None where empty), [] if there is none."""
     try:
         with open(Path(folder) / "metrics.csv", newline="") as file:
             return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -104,27 +114,15 @@ def read_metrics(folder):
         return []
 
 
-def _number(text):
+def _number(value):
     try:
-        return float(text)
+        return float(value) if math.isfinite(float(value)) else None
     except (TypeError, ValueError):
         return None
 
 
-def _last_acc5(folder):
-    rows = read_metrics(folder)
-    return rows[-1].get("val_acc5") if rows else None
-
-
-def seconds_spent(root, experiment):
-    """Seconds of training that an experiment's metrics tell of, None if they tell of none."""
-    speeds = [row.get("images_per_second") for row in read_metrics(Path(root) / experiment.name)]
-    seconds = [experiment.images / speed for speed in speeds if speed]
-    return sum(seconds) or None
-
-
 class Clock:
-    """Foretells times from the work done so far and the seconds it took."""
+    """Estimates times from the work done so far and the seconds it took."""
 
     def __init__(self):
         self.work, self.seconds = 0, 0.0
@@ -132,26 +130,18 @@ class Clock:
     def add(self, work, seconds):
         self.work, self.seconds = self.work + work, self.seconds + seconds
 
-    def foretell(self, work):
+    def estimate(self, work):
         """Seconds that `work` will take, None before anything is known."""
         return work * self.seconds / self.work if self.work else None
-
-
-def remaining(experiment, state):
-    """Work that is left of an experiment in a state."""
-    if state.name in ("finished", "changed"):
-        return 0
-    done = (state.epoch or 0) / max(state.epochs or experiment.epochs, 1)
-    return work(experiment) * (1 - min(done, 1))
 
 
 def clock_of(root, experiments, states):
     """A `Clock` set by the metrics of everything that has been trained so far."""
     clock = Clock()
     for experiment, state in zip(experiments, states):
-        seconds = seconds_spent(root, experiment) if state.epoch else None
-        if seconds:
-            clock.add(work(experiment) - remaining(experiment, dataclasses.replace(state, name="stopped")), seconds)
+        speeds = [row.get("images_per_second") for row in read_metrics(Path(root) / experiment.name)]
+        if state.epoch and (seconds := sum(experiment.images / speed for speed in speeds if speed)):
+            clock.add(work(experiment) * _share_done(experiment, state), seconds)
     return clock
 
 
@@ -160,13 +150,12 @@ def duration(seconds):
     if seconds is None:
         return "?"
     seconds = round(seconds)
-    if seconds < 60:
+    minutes, hours = seconds // 60, seconds // 3600
+    if not minutes:
         return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02d} min"
-    if seconds < 48 * 3600:
-        return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
-    return f"{seconds // 86400} days {seconds % 86400 // 3600} h"
+    if not hours:
+        return f"{minutes}:{seconds % 60:02d} min"
+    return f"{hours}:{minutes % 60:02d} h" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
 # --- The table ---------------------------------------------------------------------------------------------------
@@ -177,46 +166,25 @@ def status_table(root, experiments):
     states = [read_state(root, experiment) for experiment in experiments]
     clock = clock_of(root, experiments, states)
     rows = [("experiment", "state", "epoch", "accuracy", "published", "left")]
-    notes = []
-    for experiment, state in zip(experiments, states):
-        left = remaining(experiment, state)
-        rows.append(
-            (
-                experiment.name,
-                state.name,
-                _epochs(experiment, state),
-                _accuracy(experiment, state),
-                _published(experiment),
-                duration(clock.foretell(left)) if left else "",
-            )
-        )
-        if state.detail and state.name in ("changed", "damaged", "failed"):
-            notes.append(f"{experiment.name}: {state.name}: {state.detail}")
+    rows += [_row(experiment, state, clock) for experiment, state in zip(experiments, states)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    counts = {}
-    for state in states:
-        counts[state.name] = counts.get(state.name, 0) + 1
+    lines += [
+        f"{experiment.name}: {state.name}: {state.detail}"
+        for experiment, state in zip(experiments, states)
+        if state.detail and state.name in ("changed", "damaged", "failed")
+    ]
     total = sum(remaining(experiment, state) for experiment, state in zip(experiments, states))
-    left = f"; about {duration(clock.foretell(total))} left, one after another" if total and clock.work else ""
-    summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return [*lines, *notes, f"{len(experiments)} experiments: {summary}{left}"]
+    left = f"; about {duration(clock.estimate(total))} left, one after another" if total and clock.work else ""
+    counts = ", ".join(f"{count} {name}" for name, count in Counter(state.name for state in states).items())
+    return [*lines, f"{len(experiments)} experiments: {counts}{left}"]
 
 
-def _epochs(experiment, state):
-    if experiment.script != "main_block.py" or state.epoch is None:
-        return ""
-    return f"{state.epoch}/{state.epochs or experiment.epochs}"
-
-
-def _accuracy(experiment, state):
-    if experiment.published and "acc5" in experiment.published:
-        return "" if state.acc5 is None else f"{state.acc5:.1f} top-5"
-    return "" if state.acc1 is None else f"{state.acc1:.1f}"
-
-
-def _published(experiment):
+def _row(experiment, state, clock):
+    is_training = experiment.script == "main_block.py" and state.epoch is not None
+    epoch = f"{state.epoch}/{state.epochs or experiment.epochs}" if is_training else ""
     published = experiment.published or {}
-    if "acc5" in published:
-        return f"{published['acc5']:.1f} top-5"
-    return f"{published['acc1']:.1f}" if "acc1" in published else ""
+    top, unit = ("acc5", " top-5") if "acc5" in published else ("acc1", "")
+    accuracies = ("" if value is None else f"{value:.1f}{unit}" for value in (getattr(state, top), published.get(top)))
+    left = remaining(experiment, state)
+    return (experiment.name, state.name, epoch, *accuracies, duration(clock.estimate(left)) if left else "")

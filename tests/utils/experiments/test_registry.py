@@ -1,79 +1,78 @@
 """The registry: the authors' experiments, corrections apart, each serving a figure; costs from the networks."""
 
-import ast
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
+import torch
 
+import models
+from models.signal import Signal
 from tests.conftest import ROOT
 from tests.golden_data import original_commands
-from utils.experiments import registry
+from utils.experiments import networks, registry
+from utils.runs import options
 
-ADDED = {"--seed", "--dir"}
+SETS = {
+    **dict.fromkeys((1, 2, 8), {"networks"}),
+    3: {"trained", "rainbow", "retrained", "white"},
+    4: {"widths"},
+    **dict.fromkeys((5, 7), {"scattering", "resnet"}),
+    6: {"widths", "many"},
+    9: {"network"},
+}
+FOUR = "cifar-WP64WP128WP256WP512-L4-clbnstd-clnobias-nowd-paperexps"
 
 
 def flags(command):
-    return {flag: values for flag, values in registry.flags_of(command).items() if flag not in ADDED}
+    """{flag: values} of a command without interpreter and script, but for what every experiment has of its own."""
+    found = {}
+    for word in command[2:]:
+        if word.startswith("-"):
+            values = found[word] = []
+        else:
+            values.append(word)
+    return {flag: values for flag, values in found.items() if flag not in ("--seed", "--dir")}
 
 
 def test_original_lines_flag_by_flag():
-    theirs = original_commands()
-    ours = registry.by_name("paper")
+    theirs, ours = original_commands(), registry.by_name("paper")
     assert len(theirs) == 228
     for name in theirs.keys() & ours.keys():
         before, now = theirs[name], ours[name].command()
         assert before[:2] == now[:2]
-        before, now = flags(before[2:]), flags(now[2:])
+        before, now = flags(before), flags(now)
         if name.endswith("-load-gaussian-retrainclf"):
-            assert before.pop("--freeze-P") == ("1",) * 7 and now.pop("--freeze-P") == ("1",) * 8
+            assert before.pop("--freeze-P") == ["1"] * 7 and now.pop("--freeze-P") == ["1"] * 8
             (read,), (written,) = before.pop("--resume"), now.pop("--resume")
             assert read == written.replace("/checkpoint_repeat0.pt", "_checkpoint_repeat0.pt")
         assert before == now, name
 
 
 def test_every_difference_in_names_is_a_correction():
-    theirs, ours = original_commands().keys(), registry.by_name("paper").keys()
-    eight = "cifar-WP64WP128WP256WP512WP512WP512WP512WP512-norm-L4-clbnstd-clnobias-nowd-paperexps-init"
-    four = "cifar-WP64WP128WP256WP512-L4-clbnstd-clnobias-nowd-paperexps-init"
-    unused = {f"{eight}{i}" for i in range(1, 51)} | {"standard-resnet18-nobias-clnobias-bnpost"}
-    assert theirs - ours == unused
-    baseline = {e.name for e in registry.experiments("paper") if e.group == "resampling_baseline"}
-    assert ours - theirs == {f"{four}{i}" for i in range(1, 51)} | baseline
-    assert len(baseline) == 7 and all(registry.by_name("paper")[name].ours for name in baseline)
-
-
-def test_corrected_networks_are_the_four_block_ones():
-    ours = registry.by_name("paper")
-    many = flags(ours["cifar-WP64WP128WP256WP512-L4-clbnstd-clnobias-nowd-paperexps-init1"].command()[2:])
-    one = flags(ours["cifar-WP64WP128WP256WP512-L4-clbnstd-clnobias-nowd-paperexps-scalewidth-init1"].command()[2:])
-    assert many == one
+    theirs, ours = original_commands().keys(), registry.by_name("paper")
+    eight = FOUR.replace("WP512-L4", "WP512" * 5 + "-norm-L4")
+    unused = {f"{eight}-init{i}" for i in range(1, 51)} | {"standard-resnet18-nobias-clnobias-bnpost"}
+    assert theirs - ours.keys() == unused
+    baseline = {name for name, experiment in ours.items() if experiment.group == "resampling_baseline"}
+    assert ours.keys() - theirs == {f"{FOUR}-init{i}" for i in range(1, 51)} | baseline
+    assert len(baseline) == 7 and all(ours[name].ours for name in baseline)
+    assert flags(ours[f"{FOUR}-init1"].command()) == flags(ours[f"{FOUR}-scalewidth-init1"].command())
 
 
 def test_group_sizes_of_the_paper():
-    sizes = {}
-    for experiment in registry.experiments("paper"):
-        key = experiment.group, experiment.kind
-        sizes[key] = sizes.get(key, 0) + 1
-    assert sizes == {
-        ("gaussianity", "trained"): 50,
-        ("resampling", "trained"): 7,
-        ("resampling", "resampled"): 7,
-        ("resampling", "retrained"): 7,
-        ("resampling_baseline", "white"): 7,
-        ("activation_convergence", "trained"): 14,
-        ("weight_convergence", "trained"): 140,
-        ("imagenet_spectra", "trained"): 1,
-        ("dynamics", "trained"): 1,
-    }
+    sizes = Counter((experiment.group, experiment.kind) for experiment in registry.experiments("paper"))
+    resampling = {("resampling", kind): 7 for kind in ("trained", "resampled", "retrained")}
+    trained = {"gaussianity": 50, "activation_convergence": 14, "weight_convergence": 140, "imagenet_spectra": 1}
+    trained = {(group, "trained"): size for group, size in {**trained, "dynamics": 1}.items()}
+    assert sizes == {**resampling, ("resampling_baseline", "white"): 7, **trained}
 
 
 @pytest.mark.parametrize("scale", registry.SCALES)
 def test_registry_is_consistent(scale):
     experiments = registry.experiments(scale)
-    names = [experiment.name for experiment in experiments]
-    assert len(set(names)) == len(names)
-    assert len({experiment.seed for experiment in experiments}) == len(names)
+    assert len({e.name for e in experiments}) == len({e.seed for e in experiments}) == len(experiments)
     assert registry.figures(scale) == list(range(1, 10))
     assert registry.groups(scale) == registry.groups("paper")
     seen = set()
@@ -86,26 +85,13 @@ def test_registry_is_consistent(scale):
 
 @pytest.mark.parametrize("scale", registry.SCALES)
 def test_figures_find_their_sets(scale):
-    expected = {
-        1: ["networks"],
-        2: ["networks"],
-        3: ["rainbow", "retrained", "trained", "white"],
-        4: ["widths"],
-        5: ["resnet", "scattering"],
-        6: ["many", "widths"],
-        7: ["resnet", "scattering"],
-        8: ["networks"],
-        9: ["network"],
-    }
-    for figure, names in expected.items():
+    for figure, names in SETS.items():
         sets = registry.figure_sets(scale, figure)
-        assert sorted(sets) == names
-        for members in sets.values():
-            assert [e.width for e in members] == sorted(e.width for e in members)
-            assert all(figure in e.figures for e in members)
-        assert {e for members in sets.values() for e in members} == set(registry.by_figure(scale, figure))
-    widths = {name: [e.width for e in members] for name, members in registry.figure_sets(scale, 3).items()}
-    assert len({tuple(w) for w in widths.values()}) == 1
+        assert sets.keys() == names
+        assert all([e.width for e in members] == sorted(e.width for e in members) for members in sets.values())
+        serving = {e for e in registry.experiments(scale) if figure in e.figures}
+        assert {e for members in sets.values() for e in members} == serving
+    assert len({tuple(e.width for e in members) for members in registry.figure_sets(scale, 3).values()}) == 1
     with pytest.raises(ValueError, match="no experiment serves it"):
         registry.figure_sets(scale, 10)
 
@@ -117,39 +103,34 @@ def test_published_numbers_of_figure_3():
     assert sets["rainbow"][3].published["acc1"] == 81.4 and sets["retrained"][3].published["acc1"] == 85.52
 
 
-def test_sizes_of_the_specification():
-    eight = registry.Scattering((1,) * 8)
-    assert eight.image_sizes(32) == [32, 16, 16, 8, 8, 4, 4, 2]
-    assert registry.Scattering((1,) * 4, factorize=None).image_sizes(32) == [16, 8, 4, 2]
-    eleven = registry.Scattering((1,) * 11, factorize=1)
-    assert eleven.image_sizes(224) == [112, 112, 56, 56, 28, 28, 14, 14, 7, 6, 3]
-    assert registry.Scattering((1,) * 4).image_sizes(8) == [8, 4, 4, 2]
+@pytest.mark.parametrize(
+    ("blocks", "factorize", "size", "expected"),
+    [
+        (8, 0, 32, [32, 16, 16, 8, 8, 4, 4, 2]),
+        (4, None, 32, [16, 8, 4, 2]),
+        (11, 1, 224, [112, 112, 56, 56, 28, 28, 14, 14, 7, 6, 3]),
+        (4, 0, 8, [8, 4, 4, 2]),
+    ],
+)
+def test_sizes_of_the_specification(blocks, factorize, size, expected):
+    assert networks.Scattering((1,) * blocks, factorize=factorize).image_sizes(size) == expected
 
 
 def counted_multiply_adds(experiment, shape):
     """Real multiply-adds of one image, counted on the built network: real parts of its inputs by its weights."""
-    import torch
-
-    import models
-    from models.signal import Signal
-    from utils.runs import options
-
     args = options.parse([*experiment.command(data="somewhere")[2:]], environ={})
     network = models.build(options.network_config(args, Signal(*shape, False), 1000 if args.data else 10)).eval()
     if args.arch == "resnet18-custom":
-        count, handles = [], []
+        counts = []
         for module in network.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                handles.append(
-                    module.register_forward_hook(
-                        lambda m, _, y: count.append(m.weight.numel() * y[0].numel() // y.shape[1])
-                    )
+                module.register_forward_hook(
+                    lambda m, _, y: counts.append(m.weight.numel() * y[0].numel() // y.shape[1])
                 )
         with torch.no_grad():
             network(torch.zeros(1, *shape))
-        return sum(count)
-    per_weight = 1.5 if args.Pr_size[0] else 3
-    per_weight = per_weight if "rho" in args.arch else 1
+        return sum(counts)
+    per_weight = 1 if "rho" not in args.arch else 1.5 if args.Pr_size[0] else 3
     total = sum(block.P.weight.numel() * block.out.height * block.out.width * per_weight for block in network.blocks)
     return int(total) + network.classifier.linear.weight.numel()
 
@@ -174,25 +155,23 @@ def test_costs_are_those_of_the_built_networks(scale, figure, name, shape):
     assert per_image == counted_multiply_adds(experiment, shape)
 
 
-def test_every_training_command_parses():
-    from utils.runs import options
-
-    for scale in registry.SCALES:
-        for experiment in registry.experiments(scale):
-            if experiment.script == "main_block.py":
-                args = options.parse(experiment.command(data="somewhere")[2:], environ={})
-                assert (args.dir, args.seed, args.epochs) == (experiment.name, experiment.seed, experiment.epochs)
+@pytest.mark.parametrize("scale", registry.SCALES)
+def test_every_training_command_parses(scale):
+    for experiment in registry.experiments(scale):
+        if experiment.script == "main_block.py":
+            args = options.parse(experiment.command(data="somewhere")[2:], environ={})
+            assert (args.dir, args.seed, args.epochs) == (experiment.name, experiment.seed, experiment.epochs)
 
 
 def test_trial_changes_only_what_it_says():
     sets = registry.figure_sets("laptop", 3)
+    overrides = {"--epochs": "3", "--data-subset": "0:50"}
     trained, sampled, retrained = (
-        registry.trial(sets[name][0], {"--epochs": "3", "--data-subset": "0:50"})
-        for name in ("trained", "rainbow", "retrained")
+        registry.trial(sets[name][0], overrides) for name in ("trained", "rainbow", "retrained")
     )
     prefix = "trial-epochs3-data-subset0_50/"
-    before, now = flags(sets["trained"][0].arguments), flags(trained.arguments)
-    assert {flag for flag in now if now[flag] != before.get(flag)} == {"--epochs", "--data-subset"}
+    before, now = flags(sets["trained"][0].command()), flags(trained.command())
+    assert {flag for flag in now if now[flag] != before.get(flag)} == overrides.keys()
     assert trained.name == prefix + sets["trained"][0].name and trained.epochs == 3
     assert sampled.needs == (trained.name,) and trained.name in sampled.arguments
     assert f"{sampled.name}/checkpoint_repeat0.pt" in retrained.arguments and retrained.name.startswith(prefix)
@@ -205,16 +184,9 @@ def test_task_of_an_array_has_its_own_name_seed_and_needs():
     assert task.seed == registry.seed_of(task.name) and task.arguments == ("--experiment", f"{trained.name}-init7")
 
 
-def test_imagenet_has_a_placeholder_until_its_folder_is_known():
-    experiment = registry.figure_sets("paper", 7)["scattering"][0]
-    assert registry.IMAGENET in experiment.command()
-    assert registry.IMAGENET not in experiment.command(data="/sets/imagenet")
-
-
 def test_listing_imports_no_torch():
     code = (
         "import sys; from utils.experiments import cluster, processes, registry, runner, status; "
         "registry.experiments('paper'); print([m for m in ('torch', 'numpy', 'submitit') if m in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ast.literal_eval(run.stdout) == []
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
