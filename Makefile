@@ -17,6 +17,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy rainbow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 soak: $(READY)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Activations:
         self, programs: Sequence[Program], loader: Iterable, memory: int, progress: Callable[[Iterable, str], Iterable]
     ):
         self.programs, self.loader, self.memory, self.progress = list(programs), loader, memory, progress
-        self.position, self.kept, self.images = 0, [], None
+        self.position, self.kept = 0, list[Batch]()
 
     def at(self, position: int, text: str, last_only: bool = False) -> Iterator[Batch]:
         """For each batch, the values live at a position of every network (or the last one only), and the labels."""
@@ -47,6 +48,19 @@ class Activations:
                 self.kept[index] = self._moved(batch, target)
         self.position = target
 
+    @cached_property
+    def images(self) -> int:
+        """How many there are."""
+        data = getattr(self.loader, "dataset", None)
+        if isinstance(data, Sized):
+            return len(data)
+        first = next(iter(self.loader), None)
+        if first is None:
+            raise RainbowError("the data is empty")
+        if isinstance(self.loader, Sized):
+            return len(self.loader) * len(first_images(first))
+        return sum(len(first_images(batch)) for batch in self.loader)
+
     def _read(self, batch: Any) -> Batch:
         images = first_images(batch).to(device_of(self.programs[0].network), non_blocking=True)
         labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
@@ -58,24 +72,10 @@ class Activations:
 
     def _furthest(self, position):
         """The furthest position up to the one given whose values fit; the present one if none does."""
-        if self.images is None:
-            self.images = _count_images(self.loader)
         for candidate in range(position, self.position, -1):
             if self.images * sum(program.bytes_at(candidate) for program in self.programs) <= self.memory:
                 return candidate
         return self.position
-
-
-def _count_images(loader):
-    data = getattr(loader, "dataset", None)
-    if data is not None and hasattr(data, "__len__"):
-        return len(data)
-    first = next(iter(loader), None)
-    if first is None:
-        raise RainbowError("the data is empty")
-    if hasattr(loader, "__len__"):
-        return len(loader) * len(first_images(first))
-    return sum(len(first_images(batch)) for batch in loader)
 
 
 def memory_for(device: torch.device, given: int | None = None) -> int:

@@ -191,13 +191,13 @@ class MeanNetwork:
         Reads the loader 1 + num_iters times; one network needs none, if its layers are defined in forward order.
         Layers, device and errors as for `moments.moments`.
         """
-        if loader is None and len(networks) > 1:
-            raise RainbowError("several networks are aligned on images: give a loader")
         analysed, chosen, device = prepare(networks, layers, loader, device)
         where, places, others = accumulation_device(device), range(len(chosen[0])), range(1, len(analysed))
         identity = [torch.eye(layer.channels, dtype=torch.float64, device=where) for layer in chosen[0]]
         if len(analysed) == 1:
             return cls(analysed, chosen, [identity], [[0.0] * len(identity)])
+        if loader is None:
+            raise RainbowError("several networks are aligned on images: give a loader")
         first = moments(analysed, chosen, loader, auto=False, cross=0, device=device)
         energies = [[first.energy(i, k) for k in places] for i in range(len(analysed))]
         alignments = [identity] + [[align_networks(first, i, 0, k) for k in places] for i in others]

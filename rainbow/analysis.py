@@ -35,8 +35,9 @@ from rainbow.covariance import WeightCovariance, complete_basis, random_basis
 from rainbow.errors import RainbowError
 from rainbow.layers import Layer
 from rainbow.moments import moments, prepare
-from rainbow.network import find_name, make_example
+from rainbow.network import find_name
 from rainbow.random_matrix import bulk_test
+from rainbow.running import first_images
 from rainbow.sampling import RainbowSample, RainbowSampler
 
 BASES = ("weight", "kernel", "random")
@@ -97,8 +98,8 @@ class Rainbow:
         Raises RainbowError for a module without hooks or weight layers, a layer that is not there, weights that are not
         finite, or a loader that is empty or can be read only once.
         """
-        each = networks if isinstance(networks, (list, tuple)) else [networks]
-        analysed, chosen, _ = prepare(each, layers, loader)
+        several: Any = networks if isinstance(networks, (list, tuple)) else [networks]
+        analysed, chosen, _ = prepare(several, layers, loader)
         return cls(MeanNetwork.fit(analysed, loader, layers=chosen, num_iters=num_iters), loader)
 
     def align(
@@ -131,8 +132,8 @@ class Rainbow:
         options: of `RainbowSampler`; with test=loader, accuracies are measured. `sample_result` has them all.
         Raises RainbowError if layers were left out, widths do not fit, or the data comes in another order each time.
         """
-        first, again = (make_example(self.network, self.loader) for _ in range(2))
-        if first.shape != again.shape or not torch.equal(first, again):
+        first, again = (first_images(next(iter(self.loader))) for _ in range(2))
+        if not torch.equal(first, again):
             raise RainbowError("the data comes in another order each time it is read: sampling needs shuffle=False")
         sampler = RainbowSampler(self.mean, self.loader, widths=widths, method=method, **options)
         self.sample_result: RainbowSample = sampler.sample(seed)
@@ -175,7 +176,9 @@ class Rainbow:
         """What `table` prints, a line for each layer."""
         lines = []
         for k, (name, layer) in enumerate(self.layers.items()):
-            C, own = self.covariances[name], WeightCovariance.fit(next(self.mean.aligned_weights(k)))
+            C = own = self.covariances[name]
+            if len(self.mean.networks) > 1:
+                own = WeightCovariance.fit(next(self.mean.aligned_weights(k)))
             size, eigenvalues = (layer.neurons, layer.dimension), own.eigenvalues.cpu().numpy()
             outside = bulk_test(eigenvalues, *size).outside if own.trace else 0.0
             lines.append(LayerSummary(name, *size, C.rank, C.effective_dimension, self.errors.get(name), outside))

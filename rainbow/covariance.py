@@ -40,17 +40,17 @@ class WeightCovariance:
 
         Raises RainbowError where there is no row, the dimensions D differ, or a value is not finite.
         """
-        blocks = [weights] if isinstance(weights, Tensor) else weights
         rows, num_rows = None, 0
-        for block in blocks:
+        for block in [weights] if isinstance(weights, Tensor) else weights:
             block = _checked_rows(block, None if rows is None else rows.shape[1])
             num_rows += len(block)
             rows = block if rows is None else torch.cat(_same_type(rows, block))
             if len(rows) > 2 * rows.shape[1]:  # as many rows as are needed for the same W^H W
                 rows = torch.linalg.qr(rows, mode="r").R  # (D, D)
-        if not num_rows:
+        if rows is None:
             raise RainbowError("the covariance of no weights is not defined: give at least one row")
-        return cls._from_rows(rows, num_rows)
+        _, singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)
+        return cls(singular_values**2 / num_rows, vectors.mH.contiguous(), num_rows)
 
     @classmethod
     def from_matrix(cls, matrix: Tensor, num_rows: int) -> WeightCovariance:
@@ -60,11 +60,6 @@ class WeightCovariance:
             raise RainbowError(f"a covariance matrix is square, this one is {tuple(matrix.shape)}")
         eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mH) / 2)
         return cls(eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1), num_rows)
-
-    @classmethod
-    def _from_rows(cls, rows: Tensor, num_rows: int) -> WeightCovariance:
-        _, singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)
-        return cls(singular_values**2 / num_rows, vectors.mH.contiguous(), num_rows)
 
     @property
     def dimension(self) -> int:

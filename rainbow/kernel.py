@@ -30,7 +30,8 @@ def layer_kernels(
     images: (n, C, M, N). # [(n, n) float64, on the CPU]
     """
     chosen = weight_layers(network, images, layers)
-    device, inputs = device_of(network), [[] for _ in chosen]
+    device = device_of(network)
+    inputs: list[list[Tensor]] = [[] for _ in chosen]
     modules = [layer.module for layer in chosen]
     with evaluating(network):
         for part in images.to(device).split(batch):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Layer(Adapter):
     channel_axis: ClassVar[int] = 1
 
     name: str
-    module: nn.Module
+    module: Any
     kernel: tuple[int, ...] = (1, 1)
 
     @classmethod

@@ -259,7 +259,8 @@ class _Stream:
         self.modules, self.layers, self.patches, self.means = modules, layers, patches, means
         places = [(i, k) for i in range(len(modules)) for k in range(len(layers[0]))]
         self.workspace = Workspace()
-        self.counts, self.norms = dict.fromkeys(places, 0), dict.fromkeys(places)
+        self.counts = dict.fromkeys(places, 0)
+        self.norms: dict[tuple[int, int], Norm | None] = {}
         self.auto = {place: ProductSum(workspace=self.workspace) for place in places} if auto else {}
         self.channels = {place: ChannelSums() for place in places}
         self.cross = {
@@ -330,12 +331,13 @@ class _Stream:
 
     def _map(self, i, k):
         """What the normalisation does that leads to a layer, if samples are of its input."""
-        return Affine() if self.norms[i, k] is None else self.norms[i, k].affine()
+        norm = self.norms[i, k]
+        return Affine() if norm is None else norm.affine()
 
 
 def _joined(loader, device, stream):
     """Images batch by batch, small batches together: by themselves they would cost more calls than work."""
-    waiting = []
+    waiting: list[Tensor] = []
     for batch in loader:
         images = first_images(batch).to(device, non_blocking=True)
         if waiting and images.shape[1:] != waiting[0].shape[1:]:

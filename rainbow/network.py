@@ -38,7 +38,9 @@ class Network:
 
     @cached_property
     def program(self) -> Program:
-        """The network as steps. It must have an example."""
+        """The network as steps. Raises RainbowError without an example."""
+        if self.example is None:
+            raise RainbowError(f"{type(self.module).__name__} was analysed without images: give some")
         return Program(self.module, self.example)
 
     def select(self, names: Iterable[str] | None = None) -> list[Layer]:
@@ -87,10 +89,12 @@ def analyse(model: nn.Module | Network, example_or_loader: Any = None) -> Networ
     check_module(model)
     names = {module: name for name, module in model.named_modules() if Layer.find(module) or _has_own(module)}
     example = make_example(model, example_or_loader)
-    counts, flat = dict.fromkeys(names, 1), {}
+    counts = dict.fromkeys(names, 1)
+    flat: dict[nn.Module, tuple[int, ...]] = {}
+    skipped: dict[str, Skipped] = {}
     if example is not None:
         counts = _dry_pass(model, names, example, flat)
-    layers, skipped = [], {}
+    layers = []
     for module in [*counts, *(module for module in names if module not in counts)]:
         adapter = Layer.find(module)
         if adapter is None:
@@ -162,15 +166,17 @@ class _Flattenings(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out, source = func(*args, **(kwargs or {})), args[0] if args else None
-        flat = all(isinstance(x, Tensor) for x in (out, source)) and out.ndim == 2 < source.ndim
-        if flat and (len(out), out.numel()) == (len(source), source.numel()):
-            self.shapes[out.shape[1]] = tuple(source.shape[1:])
+        if isinstance(out, Tensor) and isinstance(source, Tensor) and out.ndim == 2 < source.ndim:
+            shape = source.shape[1:]
+            if out.shape == (len(source), math.prod(shape)):
+                self.shapes[out.shape[1]] = tuple(shape)
         return out
 
 
 def _dry_pass(model, names, example, flat):
     """How often each module is called, in the order of first calls; fills `flat` with shapes flattened before them."""
-    counts, flattenings = {}, _Flattenings()
+    flattenings = _Flattenings()
+    counts: dict[nn.Module, int] = {}
 
     def before(module, args):
         counts[module] = counts.get(module, 0) + 1

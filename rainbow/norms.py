@@ -4,7 +4,7 @@ after them are a matter of means."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,14 @@ class Norm(Adapter):
     mean_buffer: ClassVar[str] = "running_mean"
     var_buffer: ClassVar[str] = "running_var"
 
-    module: nn.Module
+    module: Any
 
     @classmethod
-    def of(cls, module: nn.Module) -> Norm | None:
-        """The adapter of a module, None if it is no normalisation."""
+    def of(cls, module: nn.Module) -> Norm:
+        """The adapter of a module that has one."""
         adapter = cls.find(module)
-        return None if adapter is None else adapter(module)
+        assert adapter is not None, module
+        return adapter(module)
 
     @property
     def epsilon(self) -> float:
@@ -46,10 +47,10 @@ class Norm(Adapter):
         return self.module.eps
 
     @property
-    def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """The running mean and variance themselves; None if it keeps none. # (D,) each"""
+    def statistics(self) -> tuple[Tensor, ...]:
+        """The running mean and variance themselves; none if it keeps none. # (D,) each"""
         mean, var = getattr(self.module, self.mean_buffer), getattr(self.module, self.var_buffer)
-        return None if mean is None else (mean, var)
+        return () if mean is None else (mean, var)
 
     def affine(self) -> Affine:
         """What it does in evaluation. It must have statistics."""

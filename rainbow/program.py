@@ -239,7 +239,7 @@ def _traced_steps(network):
             return interpreter.run_node(node)
 
         holder = network.get_submodule(node.target) if node.op == "call_module" else None
-        return Step(node.name, dict.fromkeys(map(name_of, node.all_input_nodes)), call, holder)
+        return Step(node.name, [name_of(source) for source in node.all_input_nodes], call, holder)
 
     steps = [step_of(node) for node in graph.nodes if node.op not in ("placeholder", "output")]
     if output.name != steps[-1].name:

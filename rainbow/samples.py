@@ -79,10 +79,8 @@ class Samples:
         """The same, so many samples at a time: ROWS_AT_ONCE, or as many as make NUMBERS_AT_ONCE."""
         rows = rows or max(ROWS_AT_ONCE, NUMBERS_AT_ONCE // self.real.shape[1])
         for start in range(0, len(self), rows):
-            real, imaginary = (
-                None if part is None else part[start : start + rows] for part in (self.real, self.imaginary)
-            )
-            yield replace(self, real=real, imaginary=imaginary)
+            imaginary = None if self.imaginary is None else self.imaginary[start : start + rows]
+            yield replace(self, real=self.real[start : start + rows], imaginary=imaginary)
 
     def parts(self) -> list[tuple[str, Tensor, Tensor | None]]:
         """(name, columns, order) of the real and, if there is one, of the imaginary part."""
@@ -102,7 +100,7 @@ class ProductSum:
         self._sums: dict[str, Tensor] = {}
         self._orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self._symmetric: set[str] = set()
-        self._shape = None
+        self._shape = (0, 0)
 
     def add(self, a: Samples, b: Samples | None = None) -> dict[str, Tensor]:
         """Samples of D_a and D_b channels; without b the symmetric product of a with itself.

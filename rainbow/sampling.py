@@ -87,10 +87,10 @@ class LayerPlan:
     key: str
     known: bool
     norm: str | None
-    norms: tuple[str, ...]
-    around: tuple[str, ...]
+    norms: list[str]
+    around: list[str]
     measured: bool
-    owned: tuple[str, ...]
+    owned: list[str]
 
 
 class RainbowSampler:
@@ -182,7 +182,8 @@ def _check_coverage(network: Network, layers):
 
 def _plan(network: Network, test: bool, align_on_test: bool) -> tuple[list[LayerPlan], list[str]]:
     """What is to be done at every layer, and the normalisations to be set after the last."""
-    program, touched, rotated = network.program, _touched(network), set()
+    program, touched = network.program, _touched(network)
+    rotated: set[str] = set()
     norms, plans = _norms_after_layers(network, touched), []
     for k, (layer, owned) in enumerate(zip(network.layers, neuron_parameters(network))):
         step, last = program.step_of(layer.module), k == len(network.layers) - 1
@@ -205,7 +206,8 @@ def _plan(network: Network, test: bool, align_on_test: bool) -> tuple[list[Layer
 
 def _touched(network):
     """The names of the values that depend on a sampled layer."""
-    touched, first = set(), network.program.place(network.layers[0].module)
+    first = network.program.place(network.layers[0].module)
+    touched: set[str] = set()
     for position, step in enumerate(network.program.steps):
         if position == first or touched & set(step.inputs):
             touched.add(step.name)
@@ -214,14 +216,15 @@ def _touched(network):
 
 def _norms_after_layers(network, touched):
     """The normalisations whose inputs change, before every layer and after the last; none before the first."""
-    norms, names = [[]], {layer.name for layer in network.layers}
+    names = {layer.name for layer in network.layers}
+    norms: list[list[str]] = [[]]
     for name in network.calls:
-        norm = Norm.of(network.module.get_submodule(name))
+        module = network.module.get_submodule(name)
         if name in names:
             norms.append([])
-        elif len(norms) > 1 and norm is not None and norm.statistics is not None:
-            step = network.program.step_of(norm.module)
-            if step.holder is not norm.module or step.inputs[0] in touched:
+        elif len(norms) > 1 and Norm.find(module) and Norm.of(module).statistics:
+            step = network.program.step_of(module)
+            if step.holder is not module or step.inputs[0] in touched:
                 norms[-1].append(name)
     return norms
 
@@ -368,8 +371,8 @@ class _CrossCovariance:
         if self.has_norm:
             norms, means = [Norm.of(module) for module in self.modules], [sums.mean for sums in self.sums]
             norms[-1].set(means[-1], self.sums[-1].var, self.count)
-            maps = [norm.affine() for norm in norms]
-            products = [normalized_product(K, *of, means[-1], maps[-1]) for K, *of in zip(products, means, maps)]
+            own, *maps = [norm.affine() for norm in (norms[-1], *norms[:-1])]
+            products = [normalized_product(K, m, by, means[-1], own) for K, m, by in zip(products, means, maps)]
         dtype = torch.promote_types(self.alignments[0].dtype, products[0].dtype)
         turned = [A.to(K.device, dtype).mH @ K.to(dtype) for A, K in zip(self.alignments, products)]
         return sum(turned) / len(turned)

@@ -65,8 +65,8 @@ def _refit(network, owned, widths):
         if module in wanted:
             layer, neurons = wanted[module]
             layer.resize(neurons, args[0].shape[layer.channel_axis])
-        elif (norm := Norm.of(module)) is not None:
-            norm.resize(args[0].shape[1])
+        elif Norm.find(module):
+            Norm.of(module).resize(args[0].shape[1])
 
     handles = [network.module.get_submodule(name).register_forward_pre_hook(before) for name in network.calls]
     try:
