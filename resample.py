@@ -4,12 +4,11 @@ Writes checkpoint_repeat{r}.pt, which `main_block.py --resume … --restart --fr
 accuracies.csv: the test accuracy after every layer (repeat, layers sampled, top-1, top-5 in percent).
 """
 
-import copy
 import csv
 import io
-import platform
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,66 +17,24 @@ from tqdm import tqdm
 
 import models
 from models import rainbow_layers
-from models.signal import Signal
 from rainbow import RainbowError, weight_layers
 from rainbow.alignment import MeanNetwork
 from rainbow.moments import digest
-from rainbow.running import device_of
-from rainbow.sampling import METHODS, RainbowSampler
+from rainbow.sampling import RainbowSampler
 from rainbow.widths import checked_widths
 from utils.data.datasets import load_datasets
 from utils.device import describe_device, pick_device
 from utils.errors import UserError, as_user_error, did_you_mean, run_main
-from utils.files import atomic_write, read_json, write_json
-from utils.lock import Lock
+from utils.files import atomic_write, read_json
 from utils.runs import options
-from utils.runs.checkpoints import RunFolder, checkpoint_of, load_network, save
+from utils.runs.checkpoints import checkpoint_of, save
+from utils.runs.folder import RunFolder
 from utils.runs.log import RunLog
+from utils.runs.networks import load_network, network_config
+from utils.runs.session import describe, failures_noted, hold, refuse_changes, set_precision
 
 TOLERANCE = 2.0  # percent, between machines and precisions
 COLUMNS = ("repeat", "layer", "acc1", "acc5")
-# Options that say where and how often; the others define a sample.
-FREE = frozenset("dir checkpoints overwrite num_repeats device workers data data_dir".split())
-
-
-def parser():
-    """The command line."""
-    top = options.Parser(
-        prog="resample.py", description="Samples rainbow networks of a trained experiment.", allow_abbrev=False
-    )
-    top.add_argument("--experiment", required=True, metavar="NAME", help="the run to sample from")
-    top.add_argument("--dir", metavar="NAME", help="folder of the samples (default resamplings/resample-EXPERIMENT)")
-    top.add_argument(
-        "--checkpoints", default="checkpoints", metavar="DIR", help="folder of the runs' folders (default checkpoints)"
-    )
-    top.add_argument("--epoch", type=options.natural, metavar="E", help="sample from this epoch (default: the end)")
-    top.add_argument(
-        "--num-atoms",
-        type=options.positive_int,
-        nargs="+",
-        metavar="N",
-        help="widths of the layers before the classifier (default: the trained ones)",
-    )
-    top.add_argument(
-        "--method",
-        choices=METHODS,
-        default="gaussian",
-        help="rows of weights: gaussian; orthogonal, a random isometry; white, no covariance",
-    )
-    top.add_argument("--num-repeats", type=options.positive_int, default=1, metavar="R", help="samples (default 1)")
-    top.add_argument("--align-test", action="store_true", help="align on the test set instead of the training set")
-    top.add_argument(
-        "-b", "--batch-size", type=options.positive_int, default=128, metavar="N", help="images at a time (default 128)"
-    )
-    top.add_argument("--seed", type=options.natural, default=0, help="of the weights (default 0)")
-    top.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: the best there is)")
-    top.add_argument(
-        "-j", "--workers", type=options.natural, default=4, metavar="N", help="processes that read ImageNet (default 4)"
-    )
-    top.add_argument("--data", metavar="DIR", help="the data's folder, where it has moved (see main_block.py)")
-    top.add_argument("--data-dir", metavar="DIR", help="likewise")
-    top.add_argument("--overwrite", action="store_true", help="sample anew what is there already")
-    return top
 
 
 @as_user_error(kind=RainbowError)
@@ -85,31 +42,37 @@ def main(argv=None):
     """Samples as the command line says. Returns the exit status; raises RunError."""
     rainbow_layers.register()
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
+    args = options.parse_sampling(argv)
     device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-    args.dir = args.dir or f"resamplings/resample-{args.experiment}"
+    set_precision(device)
     source, folder = find_experiment(args), RunFolder(args.checkpoints, args.dir)
-    network, trained_args = load_network(source, args.epoch, device)
-    datasets = load_data(args, trained_args, source)
-    network_args = resized_args(network, trained_args, args.num_atoms)
-    sampler = prepare(args, network, datasets)
+    trained = load_network(source, args.epoch, device)
+    datasets = load_data(args, trained, source)
+    network_args = resized_args(trained, args.num_atoms)
+    sampler = prepare(args, trained.network, datasets, device)
     check_accuracy(args, source, sampler)
-    folder.create()
-    with Lock(folder.path / "lock"):
-        folder.clean()
+    with hold(folder):
+        source = digest([sampler.trained])
+        rows = known_rows(folder, args, source)
         log = RunLog(folder)
-        try:
-            sample_all(args, argv, folder, log, sampler, network_args, device)
-        except Exception as error:
-            log.failed(f"{type(error).__name__}: {error}")
-            raise
+        with failures_noted(log):
+            described = partial(
+                describe, folder, argv, vars(args), sampler.trained, source=source, widths=sampler.widths
+            )
+            if rows is None:
+                start_over(folder, log, args)
+                described()
+            checkpoint = partial(checkpoint_of, args=network_args, data=trained, epoch=0)
+            say_what(folder, log, args, sampler, device)
+            rows = sample_all(folder, log, args, sampler, rows or [], checkpoint)
+            described()
+            log.status("finished", args.num_repeats, args.num_repeats, *summary(rows))
+            log.say(f"{len(final_accuracies(rows))} samples: top-1 {summary(rows)[0]:.2f} % on average")
     return 0
 
 
 def find_experiment(args):
-    """The run to sample from. Raises UserError where it is not there, or not finished and no epoch is chosen."""
+    """The run to sample from. Raises UserError if it does not exist, or is not finished and no epoch is chosen."""
     source = RunFolder(args.checkpoints, args.experiment)
     if not (source.path / "args.json").is_file():
         root = RunFolder(args.checkpoints, "x").path.parent
@@ -120,33 +83,28 @@ def find_experiment(args):
     if args.epoch is None and status.get("state") != "finished":
         kept = ", ".join(map(str, source.epochs())) or "none"
         raise UserError(
-            f"--experiment {args.experiment}: not finished (epoch {status.get('epoch')} of "
-            f"{status.get('epochs')}, {status.get('state', 'not begun')}); train it to its end, or "
-            f"choose one of the epochs kept with --epoch (there: {kept})"
+            f"--experiment {args.experiment}: not finished (epoch {status.get('epoch')} of {status.get('epochs')}, "
+            f"{status.get('state', 'not begun')}); finish its training, or choose an epoch with --epoch (kept: {kept})"
         )
     return source
 
 
-def load_data(args, trained_args, source):
-    """The data that the experiment was trained on. Raises UserError where what is there now is other data."""
+def load_data(args, trained, source):
+    """The data that the experiment was trained on. Raises UserError if what is found now is other data."""
     places = {key: getattr(args, key) for key in ("data", "data_dir") if getattr(args, key) is not None}
-    data_args = copy.copy(trained_args)
-    vars(data_args).update(places)
-    datasets = load_datasets(data_args)
-    signal, trained = datasets.signal, Signal(*trained_args.input_shape)
-    if signal != trained or datasets.num_classes != trained_args.num_classes:
+    datasets = load_datasets(replace(trained.args, **places))
+    if datasets.signal != trained.signal or datasets.num_classes != trained.num_classes:
         raise UserError(
-            f"{source.path} was trained on {trained} and {trained_args.num_classes} classes, but "
-            f"{datasets.name} now has {signal} and {datasets.num_classes} classes: it is other data"
+            f"{source.path} was trained on {trained.signal} and {trained.num_classes} classes, but "
+            f"{datasets.name} now has {datasets.signal} and {datasets.num_classes} classes: different data"
         )
     return datasets
 
 
-def prepare(args, network, datasets):
+def prepare(args, network, datasets, device):
     """The sampler of the trained network over its data."""
     train, test = (
-        images.loader(args.batch_size, workers=args.workers, device=device_of(network))
-        for images in (datasets.train, datasets.val)
+        images.loader(args.batch_size, workers=args.workers, device=device) for images in (datasets.train, datasets.val)
     )
 
     def progress(batches, text):
@@ -164,87 +122,54 @@ def prepare(args, network, datasets):
 
 
 def check_accuracy(args, source, sampler):
-    """Raises UserError where the trained network is far from the accuracy of its own last validation."""
+    """Raises UserError if the trained network is far from the accuracy of its own last validation."""
     known, found = source.status().get("acc1"), sampler.trained_accuracy.acc1
     if args.epoch is None and known is not None and abs(known - found) > TOLERANCE:
         raise UserError(
-            f"{source.path} was trained on other data: it reached {known:.2f} % then, but {found:.2f} % on "
-            "the test set that is there now"
+            f"{source.path}: accuracy differs from training time ({known:.2f} %, now {found:.2f} %): different data?"
         )
 
 
-def resized_args(network, trained_args, widths):
-    """The arguments with which `main_block.py` builds a network of these widths. Raises UserError for none."""
-    args = copy.deepcopy(trained_args)
-    layers = weight_layers(network, torch.rand(2, *args.input_shape))
-    own = checked_widths(None, layers)
-    widths = checked_widths(widths, layers)
+def resized_args(trained, widths):
+    """The arguments with which `main_block.py` builds a network of these widths. Raises UserError if none are."""
+    args, layers = trained.args, layers_of(trained.network, trained.signal)
+    own, widths = checked_widths(None, layers), checked_widths(widths, layers)
     if widths == own:
         return args
-    if isinstance(args.arch, str):
-        args.standard_width_scaling *= widths[0] / own[0]
-        if standard_widths(args) != widths:
+    if options.is_standard(args):
+        args = replace(args, standard_width_scaling=args.standard_width_scaling * widths[0] / own[0])
+        with as_user_error("--num-atoms: "):
+            network = models.build(network_config(args, trained.signal, trained.num_classes))
+        found = checked_widths(None, layers_of(network, trained.signal))
+        if found != widths:
             raise UserError(
                 f"--num-atoms: a {args.arch} has int(s·w) channels in every layer with one s; "
-                f"s = {args.standard_width_scaling:g} gives {' '.join(map(str, standard_widths(args)))}"
+                f"s = {args.standard_width_scaling:g} gives {' '.join(map(str, found))}"
             )
         return args
+    sizes = {}
     for layer, width in zip(layers, widths):
         _, block, _, name = layer.name.split(".")
-        getattr(args, options.SIZE_FLAGS[name.split("_")[0]])[int(block)] = width
-    return args
+        field = options.size_option(name.split("_")[0]).field
+        sizes.setdefault(field, list(getattr(args, field)))[int(block)] = width
+    return replace(args, **sizes)
 
 
-def standard_widths(args):
-    """The widths of a standard network of these arguments, without its classifier."""
-    with as_user_error("--num-atoms: "):
-        network = models.build(options.network_config(args, Signal(*args.input_shape), args.num_classes))
-    return checked_widths(None, weight_layers(network, torch.rand(2, *args.input_shape)))
+def layers_of(network, signal):
+    """The weight layers of a network for images of type `signal`."""
+    return weight_layers(network, torch.rand(2, signal.channels, signal.height, signal.width))
 
 
-def sample_all(args, argv, folder, log, sampler, network_args, device):
-    """All samples that are not there yet, each complete before the next; what a killed run left is kept."""
-    source = digest([sampler.trained])
-    rows = known_rows(args, folder, source)
-    if rows is None:
-        start_anew(args, argv, folder, log, sampler, source)
-        rows = []
-    done = {int(row["repeat"]) for row in rows}
-    log.say(
-        f"{folder.path}: rainbow networks of {args.experiment}, {args.method}, widths "
-        f"{' '.join(map(str, sampler.widths))}, on {describe_device(device)}"
-    )
-    for repeat in range(args.num_repeats):
-        if repeat in done:
-            log.say(f"sample {repeat}: there already")
-            continue
-        log.status("running", repeat, args.num_repeats, *summary(rows))
-        sample = sampler.sample(sample_seed(args.seed, repeat), partial(tell, log, sampler, repeat))
-        acc1 = sample.accuracies[-1].acc1
-        save(folder.path / f"checkpoint_repeat{repeat}.pt", checkpoint_of(sample.network, network_args, 0, acc1))
-        rows += [row_of(repeat, accuracy) for accuracy in sample.accuracies]
-        write_rows(folder, rows)
-    rows = [row for row in rows if int(row["repeat"]) < args.num_repeats]
-    write_json(folder.path / "args.json", description(args, argv, sampler, source))
-    log.status("finished", args.num_repeats, args.num_repeats, *summary(rows))
-    log.say(f"{len(final_accuracies(rows))} samples: top-1 {summary(rows)[0]:.2f} % on average")
+def known_rows(folder, args, source):
+    """The rows of the complete samples in the folder, if of the same network and options; None if there are none.
 
-
-def known_rows(args, folder, source):
-    """The rows of the samples that are there, complete, from the same network with the same options; None for none.
-
-    Raises UserError where samples of other options would be lost.
+    Raises UserError if samples of other options would be lost.
     """
     path = folder.path / "args.json"
     if args.overwrite or not path.exists():
         return None
     before = read_json(path)
-    for dest, value in vars(args).items():
-        if dest not in FREE and before.get("args", {}).get(dest) != value:
-            raise UserError(
-                f"{folder.path} holds samples with {dest} = {before.get('args', {}).get(dest)!r}, now "
-                f"{value!r}: --overwrite samples anew, another --dir keeps both"
-            )
+    refuse_changes(folder, "samples", options.SAMPLING, options.SAMPLING.restore(before.get("args"), path), args)
     if before.get("source") != source:
         return None
     try:
@@ -255,28 +180,32 @@ def known_rows(args, folder, source):
     return [row for row in rows if (folder.path / f"checkpoint_repeat{row['repeat']}.pt").exists()]
 
 
-def start_anew(args, argv, folder, log, sampler, source):
-    """Removes samples of before; their description goes first, so that nothing is taken for what it is not."""
+def start_over(folder, log, args):
+    """Removes older samples; their description goes first, so that nothing is taken for what it is not."""
     log.status("running", 0, args.num_repeats)
-    (folder.path / "args.json").unlink(missing_ok=True)
-    for path in [folder.path / "log.txt", folder.path / "accuracies.csv", *folder.path.glob("checkpoint_repeat*.pt")]:
+    for name in ("args.json", "log.txt", "accuracies.csv"):
+        (folder.path / name).unlink(missing_ok=True)
+    for path in folder.path.glob("checkpoint_repeat*.pt"):
         path.unlink(missing_ok=True)
-    write_json(folder.path / "args.json", description(args, argv, sampler, source))
 
 
-def description(args, argv, sampler, source):
-    """What args.json holds: what is needed to repeat a sample, and a digest of the network it came from."""
-    parameters = sum(p.numel() * (2 if p.is_complex() else 1) for p in sampler.trained.parameters())
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {
-        "argv": argv,
-        "args": vars(args),
-        "versions": versions,
-        "seed": args.seed,
-        "source": source,
-        "widths": sampler.widths,
-        "parameters": {"total": parameters},
-    }
+def sample_all(folder, log, args, sampler, rows, checkpoint):
+    """Samples what `rows` lack, each sample complete before the next. Returns the rows of all samples asked for.
+
+    checkpoint: makes one of a network and its best accuracy.
+    """
+    done = {int(row["repeat"]) for row in rows}
+    for repeat in range(args.num_repeats):
+        if repeat in done:
+            log.say(f"sample {repeat}: exists already")
+            continue
+        log.status("running", repeat, args.num_repeats, *summary(rows))
+        sample = sampler.sample(sample_seed(args.seed, repeat), partial(tell, log, sampler, repeat))
+        acc1 = sample.accuracies[-1].acc1
+        save(folder.path / f"checkpoint_repeat{repeat}.pt", checkpoint(sample.network, best_acc1=acc1))
+        rows += [row_of(repeat, accuracy) for accuracy in sample.accuracies]
+        write_rows(folder, rows)
+    return [row for row in rows if int(row["repeat"]) < args.num_repeats]
 
 
 def sample_seed(seed, repeat):
@@ -284,10 +213,16 @@ def sample_seed(seed, repeat):
     return int(np.random.SeedSequence((seed, repeat)).generate_state(1)[0])
 
 
+def say_what(folder, log, args, sampler, device):
+    """Says what is sampled, and on what."""
+    widths = " ".join(map(str, sampler.widths))
+    networks = f"rainbow networks of {args.experiment}, {args.method}, widths {widths}"
+    log.say(f"{folder.path}: {networks}, on {describe_device(device)}")
+
+
 def tell(log, sampler, repeat, accuracy):
-    """A line of progress."""
-    layers = len(sampler.widths)
-    what = "trained network" if accuracy.layer == 0 else f"layers 1..{accuracy.layer} of {layers}"
+    """Says how far a sample is."""
+    what = "trained network" if accuracy.layer == 0 else f"layers 1..{accuracy.layer} of {len(sampler.widths)}"
     log.say(f"sample {repeat}: {what}: top-1 {accuracy.acc1:.2f} %, top-5 {accuracy.acc5:.2f} %")
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 
 from soak.programs import FOLDER, Program, experiments, run, sampling, training, wait_for
-from utils.runs.checkpoints import RunFolder
+from utils.runs.folder import RunFolder
 
 
 def full(trial):

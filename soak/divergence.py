@@ -5,7 +5,8 @@ import re
 import torch
 
 from soak.programs import RESNET, run, training
-from utils.runs.checkpoints import RunFolder, load, save
+from utils.runs.checkpoints import load, save
+from utils.runs.folder import RunFolder
 
 WHERE = re.compile(r"epoch \d+, step \d+ of \d+: the loss is not a finite number")
 

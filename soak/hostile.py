@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from soak.programs import DIGITS, SMALL, run, sampling, training
-from utils.runs.checkpoints import RunFolder
+from utils.runs.folder import RunFolder
 
 NAMES = ("../x", "../../x", "a/../../x", "/tmp/x", "a/..", "..", "a\\..\\..\\x", "C:x")
 CIFAR = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")

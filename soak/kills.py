@@ -5,7 +5,7 @@ import signal
 import time
 
 from soak.programs import Program, experiments, run, sampling, training, wait_for
-from utils.runs.checkpoints import RunFolder
+from utils.runs.folder import RunFolder
 
 
 def training_killed(trial):
@@ -100,7 +100,7 @@ def terminated(trial):
                 saved += 1
                 folder = RunFolder(root, "run")
                 trial.expect(folder.status().get("state") == "stopped", f"{folder.path}: not called stopped")
-                trial.expect("saved, the same command goes on" in program.last_line, program.output)
+                trial.expect("rerun the same command to resume" in program.last_line, program.output)
             else:
                 early += 1
             trial.expect_readable(root)

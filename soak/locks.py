@@ -2,7 +2,7 @@
 
 from soak.programs import Program, run, sampling, training, wait_for
 from utils.lock import Lock
-from utils.runs.checkpoints import RunFolder
+from utils.runs.folder import RunFolder
 
 
 def two_at_once(trial, races=6, starts=3):
@@ -59,7 +59,7 @@ def _race(trial, root, starts):
         won and all(_is_refusal(program) for program in lost),
         "\n".join(f"{program.status}: {program.output}" for program in programs),
     )
-    trial.expect(sum("finished already" not in program.output for program in won) == 1, "there were several winners")
+    trial.expect(sum("already finished" not in program.output for program in won) == 1, "there were several winners")
     return len(lost)
 
 

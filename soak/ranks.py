@@ -3,7 +3,7 @@
 import signal
 
 from soak.programs import RESNET, Program, run, training, wait_for
-from utils.runs.checkpoints import RunFolder
+from utils.runs.folder import RunFolder
 
 TOLERANCE = 1e-4
 

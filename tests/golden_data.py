@@ -10,7 +10,8 @@ import torch
 
 from models import build
 from models.signal import Signal
-from utils.runs.options import network_config, parse
+from utils.runs.networks import network_config
+from utils.runs.options import parse
 
 SMALL = Path(__file__).parent / "golden"
 LARGER = Path(__file__).resolve().parents[2] / "shared" / "golden"

@@ -20,7 +20,9 @@ from tests.golden_data import golden
 from tests.training_runs import command, is_same, train, without_times
 from utils import device
 from utils.errors import UserError, run_main
-from utils.runs.checkpoints import RunFolder, load
+from utils.lock import Lock
+from utils.runs.checkpoints import load
+from utils.runs.folder import RunFolder
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -121,13 +123,13 @@ def test_a_run_without_a_name_gets_one_and_a_finished_one_is_left_alone(capsys):
     assert folder.name.startswith("digits-Fw-Std-Pr-N-")
     before = {file: file.read_bytes() for file in folder.iterdir() if file.suffix == ".pt"}
     assert main_block.main([*argv, "--dir", folder.name]) == 0
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert before == {file: file.read_bytes() for file in folder.iterdir() if file.suffix == ".pt"}
 
 
 def test_a_folder_is_not_lost_to_another_run():
     first = train("norm", "run", "--epochs", "1")
-    with pytest.raises(UserError, match="holds a run with lr = 0.05, now 0.01: --overwrite"):
+    with pytest.raises(UserError, match="holds a run with lr = 0.05, now 0.01: use --overwrite"):
         train("norm", "run", "--epochs", "1", "--lr", "0.01")
     assert is_same(load("checkpoints/run/last.pt"), first)
     anew = train("norm", "run", "--epochs", "1", "--lr", "0.01", "--overwrite")
@@ -136,7 +138,7 @@ def test_a_folder_is_not_lost_to_another_run():
 
 def test_two_at_once_are_one_too_many(capsys):
     train("norm", "run", "--epochs", "1")
-    with main_block.Lock(Path("checkpoints/run/lock")):
+    with Lock(Path("checkpoints/run/lock")):
         assert status_of(command("norm", "run")) == 2
     assert f"process {os.getpid()} on {socket.gethostname()}" in capsys.readouterr().err
     train("norm", "run")
@@ -177,7 +179,7 @@ def test_evaluation_prints_what_training_measured(capsys):
 
 
 @pytest.mark.parametrize(
-    "name, status, says", [("J4-norm-x-grayscale", 0, "after epoch 3"), ("J4-plain", 2, "the network needs")]
+    "name, status, says", [("J4-norm-x-grayscale", 0, "after epoch 3"), ("J4-plain", 2, "expected")]
 )
 def test_checkpoints_of_the_original_are_evaluated_on_images_of_their_kind(capsys, name, status, says):
     """The digits have one channel, as one of the two networks."""
@@ -251,7 +253,7 @@ def test_a_signal_ends_the_program_with_a_checkpoint_one_line_and_its_status(sta
     assert process.exitcode == status
     folder = RunFolder("checkpoints", "run")
     assert folder.status()["state"] == "stopped" and not (folder.path / "lock").exists()
-    assert Path("log").read_text().splitlines()[-1].endswith("saved, the same command goes on from there")
+    assert Path("log").read_text().splitlines()[-1].endswith("state saved; rerun the same command to resume")
 
 
 # Several processes

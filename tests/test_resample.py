@@ -18,7 +18,9 @@ from rainbow.alignment import Alignment
 from tests.conftest import ROOT
 from utils.data.datasets import load_datasets
 from utils.errors import UserError
-from utils.runs.checkpoints import RunFolder, load, load_network, save
+from utils.runs.checkpoints import load, save
+from utils.runs.folder import RunFolder
+from utils.runs.networks import load_network
 
 WIDTHS = (16, 32, 64, 64)
 RECIPE = (
@@ -122,7 +124,7 @@ def test_what_is_there_is_not_sampled_again(root, sampled, capsys):
     folder = sampled / "resample-width1"
     before, times = contents(folder), [path.stat().st_mtime_ns for path in folder.glob("*.pt")]
     run(root, "width1", "--num-repeats", 3)
-    assert capsys.readouterr().out.count("there already") == 3
+    assert capsys.readouterr().out.count("exists already") == 3
     assert contents(folder) == before and [path.stat().st_mtime_ns for path in folder.glob("*.pt")] == times
 
 
@@ -196,7 +198,7 @@ def test_a_killed_process_leaves_what_the_next_one_finishes(root, sampled):
 def test_complex_networks_are_sampled_at_other_widths(tmp_path, arch, sizes, changed):
     train(tmp_path, "trained", None, "-a", arch, "--psi-arch", "", "--n-blocks", "2", *sizes, "--epochs", "0")
     run(tmp_path, "trained", "--num-atoms", 8, 5, "--dir", "wide", "--method", "orthogonal", "--align-test")
-    network, args = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
+    network, args, *_ = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
     assert getattr(args, changed[0]) == changed[1]
     assert [len(p.weight) for p in network.projections()] == changed[1]
 
@@ -223,7 +225,7 @@ def test_resnets_are_sampled_at_widths_of_one_scaling(tmp_path):
     )
     names = [4] * 5 + [8] * 5 + [16] * 5 + [32] * 5
     run(tmp_path, "trained", "--num-atoms", *[2 * n for n in names], "--dir", "wide", "--epoch", 0)
-    network, args = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
+    network, args, *_ = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
     assert args.standard_width_scaling == 0.125 and len(network.conv1.weight) == 8
     with pytest.raises(UserError, match="one s; s = 0.125 gives 8 8 8 8 8 16"):
         run(tmp_path, "trained", "--num-atoms", *[8] * 20, "--dir", "odd")
@@ -276,7 +278,7 @@ def altered(root, tmp_path, status=None, args=None, weights=None):
     "change, message",
     [
         ({"status": lambda s: {**s, "state": "stopped", "epoch": 4}}, r"not finished \(epoch 4 of 6, stopped\)"),
-        ({"status": lambda s: {**s, "acc1": 40.0}}, "was trained on other data: it reached 40.00 % then"),
+        ({"status": lambda s: {**s, "acc1": 40.0}}, "accuracy differs from training time .40.00 %, now"),
         (
             {"args": lambda a: {"args": {**a["args"], "resize_images": 16}}},
             "was trained on 1 real channels of 8×8 and 10",
@@ -331,7 +333,7 @@ def test_twice_the_trained_width_is_at_least_as_good(root, sampled):
 
 def test_alignment_errors_fall_with_width(root):
     networks = [load_network(RunFolder(root, f"width{scale}"))[0] for scale in (0.5, 1, 2)]
-    other, args = load_network(RunFolder(root, "other"))
+    other, args, *_ = load_network(RunFolder(root, "other"))
     data = load_datasets(args)
     train_set, test_set = (images.loader(250) for images in (data.train, data.val))
     errors = [Alignment().fit(network, other, train_set).score(network, other, test_set) for network in networks]

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from models.wavelets import filter_bank
 from tests.golden_data import GOLDEN_NAMES, REPLAYS, golden, golden_args, golden_network
-from utils.runs.checkpoints import load_original, load_weights
-from utils.runs.training import make_optimizer
+from utils.runs.checkpoints import load as load_checkpoint
+from utils.runs.checkpoints import load_weights
+from utils.runs.state import make_optimizer
 
 IMPLEMENTATIONS = [(name, fast) for name in GOLDEN_NAMES for fast in ([None] if "resnet" in name else [True, False])]
 
@@ -91,5 +92,5 @@ def test_checkpoints(name, prefix, tmp_path):
     file = tmp_path / "best.pth.tar"
     torch.save({"state_dict": state, "epoch": 3, "arch": "?", "best_acc1": torch.tensor(1.0)}, file)
     network = golden_network(name)
-    load_weights(network, load_original(file, network)["state_dict"], file)
+    load_weights(network, load_checkpoint(file)["state_dict"], file)
     assert error(network, name) < 1e-4

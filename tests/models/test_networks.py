@@ -6,7 +6,8 @@ import torch
 from models import build
 from models.config import BlockConfig, ScatNetConfig
 from models.signal import Signal, padding_indices
-from utils.runs.options import network_config, parse
+from utils.runs.networks import network_config
+from utils.runs.options import parse
 
 CIFAR, IMAGENET = (Signal(3, 32, 32), 10), (Signal(3, 224, 224), 1000)
 WIDTHS = "64 128 256 512 512 512 512 512"

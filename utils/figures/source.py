@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from utils.data.datasets import Datasets, load_datasets
 from utils.errors import UserError
 from utils.experiments.registry import Experiment, figure_sets
 from utils.experiments.status import read_state
-from utils.runs.checkpoints import RunFolder, load_network
+from utils.runs.folder import RunFolder
+from utils.runs.networks import load_network
 
 DATA_ARGUMENTS = (
     "dataset",
@@ -98,7 +100,7 @@ class Source:
 
     def network(self, experiment: Experiment, epoch: int | None = None) -> nn.Module:
         """The network of an experiment at an epoch, or at the end, on the device."""
-        return load_network(RunFolder(self.root, experiment.name), epoch, self.device)[0]
+        return load_network(RunFolder(self.root, experiment.name), epoch, self.device).network
 
     def networks(self, members: Sequence[Experiment]) -> list[nn.Module]:
         """The networks of several experiments, at the end."""
@@ -169,10 +171,7 @@ class Source:
 
     def _args(self, experiment):
         args = RunFolder(self.root, experiment.name).args()
-        for name, value in self.places.items():
-            if value is not None:
-                setattr(args, name, value)
-        return args
+        return replace(args, **{name: value for name, value in self.places.items() if value is not None})
 
     def _datasets(self, experiment):
         args = self._args(experiment)

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: lines, a progress bar on a terminal, metrics.csv, status.json, TensorBoard."""
+"""Progress of a run: lines, a progress bar on a terminal, metrics.csv, status.json, TensorBoard."""
 
 import contextlib
 import csv
@@ -13,21 +13,11 @@ from tqdm import tqdm
 from utils.errors import UserError, WriteError
 from utils.files import atomic_write, write_json
 
-COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_acc1",
-    "train_acc5",
-    "val_loss",
-    "val_acc1",
-    "val_acc5",
-    "lr",
-    "images_per_second",
-)
+COLUMNS = "epoch train_loss train_acc1 train_acc5 val_loss val_acc1 val_acc5 lr images_per_second".split()
 
 
 class RunLog:
-    """The voice of a run. `folder`: a RunFolder to write to, or None; `silent`: nothing at all (ranks but the main).
+    """Reports a run's progress. `folder`: a RunFolder to write to, or None; `silent`: prints nothing (other ranks).
 
     Writing raises WriteError, naming the file.
     """
@@ -37,7 +27,7 @@ class RunLog:
         self.curves = _summary_writer(folder) if tensorboard and folder is not None else None
 
     def where(self):
-        """The folder's path, or a word for none."""
+        """The folder's path, or words for none."""
         return "no folder" if self.folder is None else str(self.folder.path)
 
     def say(self, text):
@@ -58,15 +48,9 @@ class RunLog:
                 raise WriteError(f"could not write {path}: {error.strerror}") from error
 
     def bar(self, steps, done, title):
-        """A progress bar on a terminal, an empty one elsewhere."""
-        return tqdm(
-            total=steps,
-            initial=done,
-            desc=title,
-            leave=False,
-            dynamic_ncols=True,
-            disable=self.silent or not sys.stderr.isatty(),
-        )
+        """A progress bar on a terminal, disabled elsewhere."""
+        hidden = self.silent or not sys.stderr.isatty()
+        return tqdm(total=steps, initial=done, desc=title, leave=False, dynamic_ncols=True, disable=hidden)
 
     def metrics(self, rows):
         """Writes metrics.csv from dicts with COLUMNS as keys, and the last one's curves."""
@@ -87,30 +71,17 @@ class RunLog:
         """Writes status.json. `state`: "running", "finished", "stopped" or "failed"."""
         if self.folder is None:
             return
-        write_json(
-            self.folder.path / "status.json",
-            {
-                "state": state,
-                "epoch": epoch,
-                "epochs": epochs,
-                "acc1": acc1,
-                "best_acc1": best_acc1,
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "updated": time.time(),
-                "message": message,
-            },
-        )
+        progress = {"state": state, "epoch": epoch, "epochs": epochs, "acc1": acc1, "best_acc1": best_acc1}
+        process = {"pid": os.getpid(), "host": socket.gethostname(), "updated": time.time()}
+        write_json(self.folder.path / "status.json", {**progress, **process, "message": message})
 
     def failed(self, message):
-        """Writes into status.json that the run has failed, and why, where the disk still allows it."""
+        """Notes in status.json that the run has failed, and why, if the disk still allows it."""
         if self.folder is None:
             return
         with contextlib.suppress(UserError, WriteError):
             known = self.folder.status()
-            self.status(
-                "failed", known.get("epoch"), known.get("epochs"), known.get("acc1"), known.get("best_acc1"), message
-            )
+            self.status("failed", *map(known.get, ("epoch", "epochs", "acc1", "best_acc1")), message)
 
 
 def _summary_writer(folder):

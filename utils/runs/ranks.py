@@ -1,7 +1,8 @@
-"""Training with several processes, started by torchrun; one process alone is the case of one rank."""
+"""Training with several processes, started by torchrun; a single process is the case of one rank."""
 
 import os
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from models.standardization import SharedBatchNorm2d
 from utils.device import pick_device
 from utils.errors import UserError
 
-LAST_TENSORS = 0.2  # seconds that the threads of a process group have to free the tensors of its last sums
+LAST_TENSORS = 0.2  # seconds for the threads of a process group to free the tensors of its last sums
 
 
 class World:
@@ -32,13 +33,13 @@ class World:
         return tensor
 
     def any(self, flag):
-        """Whether the flag is set on any rank. A meeting of all ranks."""
+        """Whether the flag is set on any rank. Collective: every rank must call it."""
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def from_main(self, value):
-        """The main rank's value, a plain object, on all ranks. A meeting of all ranks."""
+        """The main rank's value, a plain object, on all ranks. Collective: every rank must call it."""
         if self.size == 1:
             return value
         values = [value]
@@ -48,8 +49,8 @@ class World:
     def leave(self):
         """Ends the group of processes.
 
-        A thread of gloo's that is the last to hold a tensor needs Python's lock to free it, and older versions of torch
-        (2.4) wait for their threads with that lock held, for ever: sleeping, we give it to them first.
+        gloo's threads may be the last to hold a tensor and need Python's lock to free it. Older versions of torch (2.4)
+        hold that lock while they wait for the threads, and hang: sleep first so that the threads can release it.
         """
         if self.size > 1:
             time.sleep(LAST_TENSORS)
@@ -59,7 +60,7 @@ class World:
 def join(device_name, environ=os.environ):
     """The `World` of this process: of torchrun's processes if it is one of them, otherwise alone.
 
-    Raises UserError where the device is absent or there are fewer GPUs than processes.
+    Raises UserError if the device is absent or there are fewer GPUs than processes.
     """
     size = int(environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
@@ -77,17 +78,23 @@ def join(device_name, environ=os.environ):
     return World(device, dist.get_rank(), size)
 
 
-def share_batch_norm(network):
-    """Makes every batch norm of the network use the statistics of all ranks together."""
+def shared(network, world):
+    """The network as all ranks train it together, with the gradients and batch norm statistics of the whole batch."""
+    if world.size == 1:
+        return network
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SharedBatchNorm2d
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for this argument
+        _average_complex(network)
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
-def keep_complex(network):
+def _average_complex(network):
     """Averages the gradients of complex weights over all ranks here: some versions of torch's gloo know reals only.
 
-    To be called before DistributedDataParallel is, which then leaves complex tensors alone; all ranks have the same.
+    DistributedDataParallel, made after this, leaves complex tensors alone; all ranks have the same.
     """
     tensors = [*network.named_parameters(), *network.named_buffers()]
     names = [name for name, tensor in tensors if tensor.is_complex()]

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 from tests.golden_data import original_commands
 from utils.experiments import networks, registry
 from utils.runs import options
+from utils.runs.networks import network_config
 
 SETS = {
     **dict.fromkeys((1, 2, 8), {"networks"}),
@@ -119,7 +120,7 @@ def test_sizes_of_the_specification(blocks, factorize, size, expected):
 def counted_multiply_adds(experiment, shape):
     """Real multiply-adds of one image, counted on the built network: real parts of its inputs by its weights."""
     args = options.parse([*experiment.command(data="somewhere")[2:]], environ={})
-    network = models.build(options.network_config(args, Signal(*shape, False), 1000 if args.data else 10)).eval()
+    network = models.build(network_config(args, Signal(*shape, False), 1000 if args.data else 10)).eval()
     if args.arch == "resnet18-custom":
         counts = []
         for module in network.modules():

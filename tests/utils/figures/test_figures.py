@@ -19,6 +19,8 @@ from utils.figures.drawing import shades, width_label
 from utils.figures.gallery import claims_table, compute, save
 from utils.figures.source import Source
 from utils.runs import checkpoints, options
+from utils.runs.folder import RunFolder
+from utils.runs.networks import Trained, network_config
 
 every_figure = pytest.mark.parametrize("figure", FIGURES.values(), ids=lambda figure: figure.name)
 
@@ -178,7 +180,7 @@ def tiny_arguments(experiment):
 
 def make_run(root, experiment):
     """What a finished run of an experiment leaves, with a tiny network that was never trained."""
-    folder = checkpoints.RunFolder(root, experiment.name)
+    folder = RunFolder(root, experiment.name)
     folder.create()
     (folder.path / "status.json").write_text(json.dumps({"state": "finished", "epoch": 1, "acc1": 50.0}))
     (folder.path / "metrics.csv").write_text("epoch,val_acc5\n1,90\n")
@@ -190,12 +192,12 @@ def make_run(root, experiment):
         return
     args = options.parse(tiny_arguments(experiment))
     size = args.resize_images or 8
-    args.input_shape, args.num_classes = [1, size, size], 10
     torch.manual_seed(experiment.seed)
-    network = models.build(options.network_config(args, Signal(1, size, size), 10))
+    network = models.build(network_config(args, Signal(1, size, size), 10))
+    trained = Trained(network, args, Signal(1, size, size), 10)
     (folder.path / "args.json").write_text(json.dumps({"args": vars(args)}))
     for epoch in ("last", 0, 1) if experiment.group in ("dynamics", "weight_convergence") else ("last",):
-        checkpoints.save(folder.file(epoch), checkpoints.checkpoint_of(network, args, 1, 50.0))
+        checkpoints.save(folder.file(epoch), checkpoints.checkpoint_of(network, args, trained, 1, 50.0))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,22 +13,23 @@ import models
 from models.signal import Signal
 from utils.errors import UserError, WriteError
 from utils.runs import checkpoints, options
-from utils.runs.checkpoints import RunFolder, load, load_network, load_weights, save
+from utils.runs.checkpoints import load, load_weights, save
+from utils.runs.folder import RunFolder
+from utils.runs.networks import Trained, load_network, network_config
 
 ARGV = "--digits --dir run --n-blocks 2 --scat-angles 4 --psi-arch mod --Pr-size 4 -a".split() + ["Fw Std Pr N"]
+DATA = Trained(None, None, Signal(1, 8, 8), 10)
 
 
 @pytest.fixture
 def args():
-    args = options.parse(ARGV, {})
-    args.input_shape, args.num_classes = [1, 8, 8], 10
-    return args
+    return options.parse(ARGV, {})
 
 
 @pytest.fixture
 def network(args):
     torch.manual_seed(0)
-    return models.build(options.network_config(args, Signal(1, 8, 8), 10))
+    return models.build(network_config(args, Signal(1, 8, 8), 10))
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(folder, capsys, d
     damage(folder.file("last"))
     assert value_of(folder.checkpoint()) == 1
     assert "WARNING" in capsys.readouterr().err
-    folder.recover()
+    folder.checkpoint(repair=True)
     assert value_of(load(folder.file("last"))) == 1 and not folder.file("previous").exists()
 
 
@@ -141,7 +143,7 @@ def test_two_damaged_checkpoints_are_an_error_that_removes_nothing(folder):
     for epoch in ("last", "previous"):
         folder.file(epoch).write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"previous\.pt"):
-        folder.recover()
+        folder.checkpoint(repair=True)
     assert folder.file("last").exists() and folder.file("previous").exists()
 
 
@@ -177,11 +179,11 @@ def test_epochs_kept_are_those_of_the_original():
 
 def test_a_network_is_loaded_without_data_or_the_files_it_started_from(tmp_path, folder, args, network):
     torch.save(torch.eye(5)[:, :3], tmp_path / "vectors.pt")
-    args.P_eigenvectors = [str(tmp_path / "vectors.pt"), None]
-    network = models.build(options.network_config(args, Signal(1, 8, 8), 10)).eval()
-    save(folder.file(3), checkpoints.checkpoint_of(network, args, 3, 50.0))
+    args = replace(args, P_eigenvectors=[str(tmp_path / "vectors.pt"), None])
+    network = models.build(network_config(args, Signal(1, 8, 8), 10)).eval()
+    save(folder.file(3), checkpoints.checkpoint_of(network, args, DATA, 3, 50.0))
     (tmp_path / "vectors.pt").unlink()
-    loaded, loaded_args = load_network(folder, 3)
+    loaded, loaded_args, *_ = load_network(folder, 3)
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(loaded(x), network(x)) and loaded_args.Pr_size == [4, 4]
 
@@ -190,18 +192,18 @@ def test_weights_of_another_network_are_refused(network):
     state = network.state_dict()
     first = "blocks.0.body.Pr.weight"
     before = state[first].clone()
-    with pytest.raises(UserError, match=f"{first} is 4×6, the network needs 4×5"):
+    with pytest.raises(UserError, match=f"{first} is 4×6, expected 4×5"):
         load_weights(network, {**state, first: torch.zeros(4, 6)}, "file.pt")
-    with pytest.raises(UserError, match=f"it lacks {first}"):
+    with pytest.raises(UserError, match=f"missing key '{first}'"):
         load_weights(network, {key: value for key, value in state.items() if key != first}, "file.pt")
-    with pytest.raises(UserError, match="it has other besides"):
+    with pytest.raises(UserError, match="unexpected key 'other'"):
         load_weights(network, {**state, "other": torch.zeros(1)}, "file.pt")
     assert torch.equal(network.state_dict()[first], before)
 
 
 @pytest.mark.parametrize("change", [{"arch": None}, {"Pr_size": 3}, {"input_shape": "x"}, {"n_blocks": "2"}])
 def test_arguments_that_describe_no_network_are_an_error(folder, args, network, change):
-    values = checkpoints.checkpoint_of(network, args, 0, 0.0)
+    values = checkpoints.checkpoint_of(network, args, DATA, 0, 0.0)
     values["args"].update(change)
     save(folder.file(0), values)
     with pytest.raises(UserError, match=r"epoch_0\.pt"):

@@ -11,6 +11,7 @@ from models.signal import Signal
 from tests.golden_data import original_commands
 from utils.errors import UserError
 from utils.runs import options
+from utils.runs.networks import network_config
 
 NORM = "--digits -a 'Fw Std Pr N' --psi-arch mod --Pr-size 8 16 --n-blocks 2 --scat-angles 4"
 
@@ -20,7 +21,7 @@ def parse(line, **environ):
 
 
 def build(line, channels=1, size=8, classes=10):
-    return models.build(options.network_config(parse(line), Signal(channels, size, size), classes))
+    return models.build(network_config(parse(line), Signal(channels, size, size), classes))
 
 
 COMMANDS = {name: words[2:] for name, words in original_commands().items() if words[:2] == ["python", "main_block.py"]}
@@ -32,7 +33,7 @@ def test_every_command_of_the_original_parses_and_builds():
     for argv in COMMANDS.values():
         args = options.parse(argv, {})
         signal, classes = (Signal(3, 224, 224), 1000) if args.dataset == "imagenet" else (Signal(3, 32, 32), 10)
-        config = options.network_config(args, signal, classes)
+        config = network_config(args, signal, classes)
         defining = str([value for key, value in vars(args).items() if key not in ("resume", "restart", "weight_decay")])
         if defining not in built:
             with torch.device("meta"):
@@ -54,7 +55,7 @@ def test_parameter_counts_are_the_published_ones(name, count):
     args = options.parse(COMMANDS[name], {})
     signal, classes = (Signal(3, 224, 224), 1000) if args.dataset == "imagenet" else (Signal(3, 32, 32), 10)
     with torch.device("meta"):
-        network = models.build(options.network_config(args, signal, classes))
+        network = models.build(network_config(args, signal, classes))
     assert sum(p.numel() * (2 if p.is_complex() else 1) for p in network.parameters() if p.requires_grad) == count
 
 
@@ -70,9 +71,8 @@ def test_a_freeze_list_may_stop_early():
 
 
 def test_every_option_has_help_and_an_effect_on_the_arguments():
-    actions = [action for action in options.parser()._actions if action.dest != "help"]
-    assert all(action.help for action in actions)
-    assert {action.dest for action in actions} == set(vars(parse(NORM)))
+    assert all(option.help for option in options.TRAINING.options)
+    assert set(options.TRAINING.by_field) == set(vars(parse(NORM)))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_every_option_has_help_and_an_effect_on_the_arguments():
         ("--n-blocks 0", "0 is not a positive integer"),
         ("--Pc-size 8", "--Pc-size is the size of the module Pc, which is not in --arch"),
         ("-a 'Fw Std Pr Pc'", "the module Pc needs its number of channels, --Pc-size"),
-        ("--standard-width-scaling 2", "--standard-width-scaling means nothing"),
+        ("--standard-width-scaling 2", "--standard-width-scaling does not apply"),
         ("--no-such-flag", "--no-such-flag"),
         ("--cifar10", "not allowed with"),
         ("--data somewhere", "--data is ImageNet's folder"),
@@ -100,7 +100,7 @@ def test_every_option_has_help_and_an_effect_on_the_arguments():
         ("--data-subset 3", "START:STOP"),
         ("--scattering-wph 2", "0 or 1"),
         ("--pars-reg --quadrature-reg", "not allowed with"),
-        ("--first-arch 'Fw Pr' --last-arch 'Fw Pr' --n-blocks 1", "both replace"),
+        ("--first-arch 'Fw Pr' --last-arch 'Fw Pr' --n-blocks 1 --Pr-size 8", "both replace"),
     ],
 )
 def test_mistakes_are_one_clear_line(change, says):
@@ -112,8 +112,8 @@ def test_mistakes_are_one_clear_line(change, says):
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("--digits --arch resnet18-custom --Pr-size 8", "--Pr-size means nothing for resnet18-custom"),
-        ("--digits --arch resnet18-custom --no-classifier-bias", "--no-classifier-bias means nothing"),
+        ("--digits --arch resnet18-custom --Pr-size 8", "--Pr-size does not apply to resnet18-custom"),
+        ("--digits --arch resnet18-custom --no-classifier-bias", "--no-classifier-bias does not apply"),
         ("--arch resnet18-custom", "--digits needs nothing"),
         ("--dataset imagenet32 --arch resnet18-custom", "--data DIR"),
         ("--digits", "--arch"),

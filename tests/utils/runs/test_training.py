@@ -16,10 +16,14 @@ import models
 from models.signal import Signal
 from tests.training_runs import NETWORKS, STEPS, command, is_same, train
 from utils.errors import DivergedError, StoppedError, WriteError
-from utils.runs import options, training
-from utils.runs.checkpoints import RunFolder, load
+from utils.runs import options, session, training
+from utils.runs.checkpoints import load
+from utils.runs.folder import RunFolder
+from utils.runs.networks import Trained, network_config
 from utils.runs.ranks import World
-from utils.runs.training import Score, Tally, Training
+from utils.runs.scores import Score, Tally
+from utils.runs.state import make_optimizer
+from utils.runs.training import Training
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +34,7 @@ def folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture
 def interrupt(monkeypatch):
     """`interrupt(n, signum)`: the next training gets a signal within its n-th step (from 1)."""
-    step = Training._train_step
+    step = Training.train_step
 
     def arrange(number, signum=signal.SIGTERM):
         count = itertools.count(1)
@@ -40,7 +44,7 @@ def interrupt(monkeypatch):
                 os.kill(os.getpid(), signum)
             return step(self, images, labels)
 
-        monkeypatch.setattr(Training, "_train_step", counting)
+        monkeypatch.setattr(Training, "train_step", counting)
 
     return arrange
 
@@ -154,7 +158,7 @@ def test_a_run_leaves_what_is_needed_to_understand_it():
     about = folder.description()
     assert about["argv"] == command("norm", "group/run") and about["seed"] == 0 and "torch" in about["versions"]
     assert about["parameters"] == {"total": 4 * 5 + 8 * 20 + 10 * 32 * 4, "learned": 4 * 5 + 8 * 20 + 10 * 32 * 4}
-    assert folder.args().Pr_size == [4, 8] and folder.args().input_shape == [1, 8, 8]
+    assert folder.args().Pr_size == [4, 8] and about["args"]["input_shape"] == [1, 8, 8]
     assert "epoch 3/3" in (folder.path / "log.txt").read_text()
     assert {file.name for file in folder.path.iterdir()} == {
         "args.json",
@@ -178,11 +182,9 @@ def test_no_epochs_still_leave_the_untrained_network():
 
 def test_regularised_weights_have_no_decay_and_others_have():
     args = options.parse(command("parseval", "run", "--wd", "0.1"), {})
-    network = models.build(options.network_config(args, Signal(1, 8, 8), 10))
+    network = models.build(network_config(args, Signal(1, 8, 8), 10))
     decays = {
-        id(p): group["weight_decay"]
-        for group in training.make_optimizer(network, args).param_groups
-        for p in group["params"]
+        id(p): group["weight_decay"] for group in make_optimizer(network, args).param_groups for p in group["params"]
     }
     assert decays[id(network.blocks[0].P.weight)] == 0 and decays[id(network.classifier.linear.weight)] == 0.1
 
@@ -210,14 +212,14 @@ def test_ctrl_c_ends_with_130_and_a_second_one_at_once(interrupt):
 
 @pytest.mark.parametrize("print_freq", [1, 1000])
 def test_divergence_names_epoch_and_step_and_keeps_the_last_good_checkpoint(monkeypatch, print_freq):
-    step, count = Training._train_step, itertools.count(1)
+    step, count = Training.train_step, itertools.count(1)
 
     def diverging(self, images, labels):
         if next(count) == STEPS + 3:
             images = images * math.nan
         return step(self, images, labels)
 
-    monkeypatch.setattr(Training, "_train_step", diverging)
+    monkeypatch.setattr(Training, "train_step", diverging)
     with pytest.raises(DivergedError, match="epoch 2, step 3 of 4") as diverged:
         train("norm", "run", "--print-freq", str(print_freq))
     assert diverged.value.exit_status == 3
@@ -263,8 +265,7 @@ def test_bfloat16_learns_and_keeps_weights_and_statistics_in_float32(network):
 
 def test_images_and_weights_of_standard_networks_are_channels_last():
     args = options.parse(command("vgg", "run"), {})
-    args.num_classes = 10
-    network = main_block.build(args, Signal(1, 32, 32), World(torch.device("cpu")))
+    network = main_block.build(args, Trained(None, args, Signal(1, 32, 32), 10), World(torch.device("cpu")))
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1]
     assert convolutions and all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convolutions)
 
@@ -281,7 +282,7 @@ def test_tf32_is_set_as_asked():
     try:
         for flags, precision in ((["--tf32"], "high"), ([], "highest")):
             args = options.parse(command("norm", "run", *flags), {})
-            main_block.set_precision(args, torch.device("cuda"))
+            session.set_precision(torch.device("cuda"), args.tf32)
             assert torch.get_float32_matmul_precision() == precision
             assert torch.backends.cudnn.allow_tf32 == args.tf32
     finally:

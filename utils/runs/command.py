@@ -1,0 +1,175 @@
+"""Command lines as tables: an option is one record, from which the parser, the defaults, the lists with a value per
+block and the definition of "the same run" follow. Imports no torch."""
+
+import argparse
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+
+from utils.errors import UserError, first_line
+
+MOST_BLOCKS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a command line.
+
+    Args:
+        flags: its spellings, separated by spaces.
+        type: converts a word of the command line; None for a switch, which inverts its default.
+        default: the value if the option is missing (of every block, if it has one per block).
+        field: its name among the arguments; by default that of the first long flag, with '_' for '-'.
+        many: takes several values.
+        per_block: takes a value per block, or one for all; `short`: the list may stop early, the rest is default.
+        shortcuts: values that are also flags.
+        group: its heading in --help.
+        network: "blocks" or "standard" if it applies to one kind of network only.
+        config: the field of a network's configuration that it fills; by default `field` without scat_ or standard_.
+        free: it does not define the run: it may change when the run is resumed.
+    """
+
+    flags: str
+    type: Callable | None
+    default: object
+    help: str
+    metavar: str | None = None
+    choices: tuple = ()
+    field: str = ""
+    required: bool = False
+    many: bool = False
+    per_block: bool = False
+    short: bool = False
+    shortcuts: tuple = ()
+    group: str = "options"
+    network: str | None = None
+    config: str = ""
+    free: bool = False
+
+    def __post_init__(self):
+        field = self.field or self.flag.removeprefix("--").replace("-", "_")
+        object.__setattr__(self, "field", field)
+        object.__setattr__(self, "config", self.config or re.sub("^(scat|scattering|standard)_", "", field))
+
+    @property
+    def flag(self):
+        """The spelling used in messages."""
+        return next(flag for flag in self.flags.split() if flag.startswith("--"))
+
+    def add_to(self, group):
+        """Declares the option to argparse."""
+        names = self.flags.split()
+        if self.type is None:
+            group.add_argument(*names, dest=self.field, action="store_const", const=not self.default, help=self.help)
+            return
+        if self.shortcuts:
+            group = group.add_mutually_exclusive_group()
+        is_shown = self.default not in (None, []) and self.default is not False
+        group.add_argument(
+            *names,
+            dest=self.field,
+            type=self.type,
+            choices=self.choices or None,
+            nargs="+" if self.many or self.per_block else None,
+            metavar=self.metavar,
+            required=self.required,
+            help=self.help + f" (default {1 if self.default is True else self.default})" * is_shown,
+        )
+        for name in self.shortcuts:
+            group.add_argument(
+                f"--{name}", dest=self.field, action="store_const", const=name, help=f"{self.flag} {name}"
+            )
+
+    def in_full(self, values, blocks):
+        """The list of a per-block option, one value per block. Raises UserError."""
+        if values is None:
+            return [self.default] * blocks
+        if len(values) == 1:
+            return values * blocks
+        if self.short and len(values) < blocks:
+            return values + [self.default] * (blocks - len(values))
+        if len(values) != blocks:
+            raise UserError(
+                f"{self.flag} has {len(values)} values for {blocks} block{'s' * (blocks != 1)} (--n-blocks): "
+                f"give {blocks}, or one for all"
+            )
+        return values
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line of `UserError` instead of a usage dump."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all options)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """The options of a program. `groups`: what --help says below a heading; `length`: the field that says how far."""
+
+    program: str
+    description: str
+    options: tuple[Option, ...]
+    length: str
+    usage: str | None = None
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def by_field(self):
+        """{field: option}."""
+        return {option.field: option for option in self.options}
+
+    @functools.cached_property
+    def record(self):
+        """The frozen dataclass of resolved arguments: plain values that JSON can hold, a field per option."""
+        return dataclasses.make_dataclass("Arguments", list(self.by_field), frozen=True)
+
+    @functools.cached_property
+    def parser(self):
+        """The argparse parser; it yields only what is given."""
+        top = Parser(
+            prog=self.program,
+            usage=self.usage,
+            description=self.description,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        titles = dict.fromkeys(option.group for option in self.options)
+        groups = {title: top.add_argument_group(title, self.groups.get(title)) for title in titles}
+        for option in self.options:
+            option.add_to(groups[option.group])
+        return top
+
+    def given(self, argv=None):
+        """{field: value} of what a command line (default: the program's) gives. Raises UserError."""
+        return vars(self.parser.parse_args(argv))
+
+    def resolve(self, values: Mapping):
+        """The arguments with these values and defaults for all others; per-block lists are in full. Raises UserError.
+
+        Fields that no option has are ignored.
+        """
+        blocks = values.get("n_blocks", 1)
+        if not isinstance(blocks, int) or not 1 <= blocks <= MOST_BLOCKS:
+            raise UserError(f"--n-blocks {blocks}: should be an integer from 1 to {MOST_BLOCKS}")
+        resolved = {field: values.get(field, option.default) for field, option in self.by_field.items()}
+        for field, option in self.by_field.items():
+            if option.per_block:
+                resolved[field] = option.in_full(values.get(field), blocks)
+        return self.record(**resolved)
+
+    def restore(self, values, source):
+        """The arguments stored in the file `source`; options that are newer have their defaults. Raises UserError."""
+        required = [option.field for option in self.options if option.required]
+        if not isinstance(values, Mapping) or not all(field in values for field in required):
+            raise UserError(f"{source}: holds no arguments of {self.program}")
+        try:
+            return self.resolve(values)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source}: holds no arguments of {self.program} ({first_line(error)})") from error
+
+    def changes(self, before, after):
+        """{field: (before, after)} of the options that define a run and differ between two sets of arguments."""
+        pairs = {field: (getattr(before, field), getattr(after, field)) for field in self.by_field}
+        return {field: pair for field, pair in pairs.items() if pair[0] != pair[1] and not self.by_field[field].free}

@@ -1,0 +1,143 @@
+"""Networks from options, for new data or from a checkpoint."""
+
+import pickle
+import re
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import models
+from models.config import BlockConfig, ScatNetConfig, StandardConfig
+from models.names import PLAIN
+from models.signal import Signal
+from utils.errors import UserError, as_user_error, first_line
+from utils.runs import values
+from utils.runs.checkpoints import load, load_weights
+from utils.runs.folder import RunFolder
+from utils.runs.options import BLOCKS, STANDARD, TRAINING, block_archs, is_standard
+
+_NO_FILE = "none"  # in a list of files: no file for this block
+_MATRICES = [option.field for option in TRAINING.options if option.type is values.matrix_file]
+
+
+def network_config(args, signal, num_classes):
+    """The configuration of the network (for `models.build`) for images of type `signal`.
+
+    Raises UserError for values that no network has and for files that cannot be read.
+    """
+    with as_user_error():
+        if is_standard(args):
+            return StandardConfig(
+                name=args.arch,
+                num_classes=num_classes,
+                input=signal,
+                bias=not args.standard_no_bias,
+                classifier_bias=not args.standard_classifier_no_bias,
+                **_values(StandardConfig, STANDARD, args),
+            )
+        blocks = tuple(_block_config(args, index, arch) for index, arch in enumerate(block_archs(args)))
+        regularization = "parseval" if args.pars_reg else "quadrature" if args.quadrature_reg else None
+        more = _values(ScatNetConfig, BLOCKS, args)
+        return ScatNetConfig(signal, num_classes, blocks, regularization=regularization, **more)
+
+
+def _values(config, network, args, index=None):
+    """{field: value} of those fields of a class of configurations that options of a kind of network fill."""
+    known = {field.name for field in fields(config)}
+    found = {}
+    for option in TRAINING.options:
+        if option.network == network and option.config in known:
+            value = getattr(args, option.field)
+            value = value[index] if option.per_block else value
+            value = _matrix(value) if option.type is values.matrix_file else value
+            found[option.config] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _block_config(args, index, arch):
+    found = _values(BlockConfig, BLOCKS, args, index)
+    if not args.scattering_wph[index]:
+        found["psi_arch"] = ("mod", *found["psi_arch"])
+    first = args.factorize_filters
+    found["kind"] = PLAIN if first is None or index < first else (index - first) % 2
+    if found["projection_basis"] is not None:
+        found["projection_basis"] = _columns(args, index, found["projection_basis"])
+    return BlockConfig(arch=tuple(arch), orthogonal=args.pars_reg or args.quadrature_reg, **found)
+
+
+def _columns(args, index, vectors):
+    """The chosen eigenvectors of a block, columns of `vectors` (D, R), as the rows of a projection (K, D)."""
+    start, end = args.P_eigenvectors_start[index], args.P_eigenvectors_end[index]
+    if vectors.dim() != 2 or not 0 <= (start or 0) < (end or vectors.shape[1]) <= vectors.shape[1]:
+        raise UserError(f"{args.P_eigenvectors[index]}: shape {tuple(vectors.shape)} has no columns {start or 0}:{end}")
+    return vectors[:, start:end].mH.contiguous()
+
+
+def _matrix(path):
+    """The one array in a file, float32 or complex64; no code in the file is run. None for no file."""
+    if path in (None, _NO_FILE):
+        return None
+    try:
+        if path.endswith(".pt"):
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            value = np.load(path, allow_pickle=False)
+            if isinstance(value, np.lib.npyio.NpzFile):
+                (value,) = value.values()
+        value = torch.as_tensor(value)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused: not a single numeric matrix") from error
+    except Exception as error:  # whatever a stranger's file makes its reader raise
+        raise UserError(f"{path}: not a .npy, .npz or .pt file with one matrix ({first_line(error)})") from error
+    return value.to(torch.cfloat if value.is_complex() else torch.float)
+
+
+class Trained(NamedTuple):
+    """A network from a checkpoint, its resolved arguments, and the images and classes it was trained on."""
+
+    network: nn.Module
+    args: object
+    signal: Signal
+    num_classes: int
+
+
+def load_network(folder, epoch=None, device="cpu"):
+    """The `Trained` network of a run, in evaluation mode on `device`.
+
+    `folder` is a RunFolder, or the path of a checkpoint. Raises UserError for anything missing, damaged or foreign.
+    """
+    if isinstance(folder, RunFolder):
+        checkpoint, source = folder.checkpoint(epoch), folder.file(epoch)
+    else:
+        checkpoint, source = load(folder), folder
+    stored, state_dict = checkpoint.get("args"), checkpoint["state_dict"]
+    args = TRAINING.restore(stored, source)
+    try:
+        signal, num_classes = Signal(*stored["input_shape"]), stored["num_classes"]
+        network = models.build(_stored_config(args, signal, num_classes, state_dict))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"{source}: its arguments describe no network ({first_line(error)})") from error
+    load_weights(network, state_dict, source)
+    return Trained(network.to(device).eval(), args, signal, num_classes)
+
+
+def _stored_config(args, signal, num_classes, state_dict):
+    """The configuration of a network whose weights are known: it needs none of the files it started from."""
+    args = replace(args, standard_pretrained=False, **dict.fromkeys(_MATRICES, [None] * args.n_blocks))
+    config = network_config(args, signal, num_classes)
+    bases = {index: state_dict[name] for name in state_dict if (index := _block_of_basis(name)) is not None}
+    if not bases:
+        return config
+    blocks = tuple(replace(block, projection_basis=bases.get(i)) for i, block in enumerate(config.blocks))
+    return replace(config, blocks=blocks)
+
+
+def _block_of_basis(name):
+    """The index of the block whose fixed projection has this name; None for other weights."""
+    match = re.fullmatch(r"blocks\.(\d+)\..*\.basis", name)
+    return int(match[1]) if match else None
