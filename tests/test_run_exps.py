@@ -111,7 +111,7 @@ def test_what_is_needed_is_run_too(repository):
 
 def test_longest_chains_begin_first_and_needs_before_all():
     experiments = registry.experiments("laptop")
-    order = [experiment.name for experiment in longest_first(experiments[::-1])]
+    order = [experiment.name for experiment in longest_first(experiments)]
     assert sorted(order) == sorted(experiment.name for experiment in experiments)
     place = {name: i for i, name in enumerate(order)}
     assert all(place[need] < place[experiment.name] for experiment in experiments for need in experiment.needs)

@@ -16,7 +16,6 @@ from pathlib import Path
 from utils.errors import StoppedError, UserError
 from utils.experiments.processes import start_fresh
 from utils.experiments.registry import TRIAL_FLAGS
-from utils.experiments.runner import in_order
 from utils.experiments.status import read_state
 
 PATIENCE = 60  # seconds that a job has to save its state
@@ -106,9 +105,12 @@ class Unit:
 
 
 def levels(experiments, pack):
-    """Lists of units of at most `pack` experiments, each list needing only what is in those before it."""
+    """Lists of units of at most `pack` experiments, each list needing only what is in those before it.
+
+    experiments: each listed after those it needs.
+    """
     depth, found = {}, {}
-    for experiment in in_order(experiments):
+    for experiment in experiments:
         depth[experiment.name] = level = max((depth.get(need, -1) for need in experiment.needs), default=-1) + 1
         found.setdefault(level, []).append(experiment)
     return [[Unit(each[i : i + pack]) for i in range(0, len(each), pack)] for _, each in sorted(found.items())]

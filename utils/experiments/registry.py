@@ -15,8 +15,9 @@ import functools
 import hashlib
 import operator
 import shlex
+from types import SimpleNamespace
 
-from utils.experiments.networks import CIFAR10, DIGITS, DIGITS32, IMAGENET, IMAGENET1K, Data, Recipe, ResNet, Scattering
+from utils.experiments.networks import CIFAR10, DIGITS, DIGITS32, IMAGENET, IMAGENET1K, Recipe, ResNet, Scattering
 from utils.experiments.published import load_published
 
 SCALES = ("paper", "laptop")
@@ -72,52 +73,19 @@ class Experiment:
 
 # --- The scales --------------------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """What differs between the scales: data, schedules, widths, and networks per set.
-
-    Widths are exponents of 2. `deep`, `shallow`, `large`: the networks of width 1. `resampling_skip`: figure 3 has the
-    skip network (as in the paper; on the digits even its white features are nearly perfect). `repeats`: rainbow
-    networks sampled of a trained one (None: the script's own).
-    """
-
-    name: str
-    data: Data
-    recipe: Recipe
-    deep: Scattering
-    shallow: Scattering
-    large_data: Data
-    large_recipe: Recipe
-    large: Scattering
-    resnet_recipe: Recipe
-    resnet_prefix: str
-    resnet_suffix: str
-    resnet_widths: range
-    resnet_shown: int
-    gaussianity: int
-    resampling_widths: range
-    resampling_skip: bool
-    repeats: int | None
-    activation_widths: range
-    activation_inits: int
-    weight_widths: range
-    weight_inits: int
-    many: int
-
-
-PAPER = Scale(
+# How they differ: data, schedules, widths (exponents of 2) and networks per set. `deep`, `shallow` and `large` are the
+# networks of width 1; `large_by` and `resnets_by` say how networks are trained if not by `recipe`. `resampling_skip`:
+# figure 3 has the skip network (as in the paper; on the digits even its white features are nearly perfect). `repeats`:
+# rainbow networks per trained one (None: the script's own).
+PAPER = SimpleNamespace(
     name="paper",
     data=CIFAR10,
     recipe=Recipe(150, 50, 0.01, 128, 2),
     deep=Scattering((64, 128, 256, 512, 512, 512, 512, 512)),
     shallow=Scattering((64, 128, 256, 512), norm=False, factorize=None, decay=False),
-    large_data=IMAGENET1K,
-    large_recipe=Recipe(150, 50, 0.01, 128, 10),
+    large_by={"data": IMAGENET1K, "recipe": Recipe(150, 50, 0.01, 128, 10)},
     large=Scattering((32, 64, 64, 128, 256, 512, 512, 512, 512, 512, 256), True, False, "Pc", 1, False),
-    resnet_recipe=Recipe(90, 30, 0.1, 256, 10),
-    resnet_prefix="standard",
-    resnet_suffix="-fix",
+    resnets_by={"data": IMAGENET1K, "recipe": Recipe(90, 30, 0.1, 256, 10), "prefix": "standard", "suffix": "-fix"},
     resnet_widths=range(-3, 4),
     resnet_shown=0,
     gaussianity=50,
@@ -131,18 +99,15 @@ PAPER = Scale(
     many=50,
 )
 
-LAPTOP = Scale(
+LAPTOP = SimpleNamespace(
     name="laptop",
     data=DIGITS,
     recipe=Recipe(15, 5, 0.05, 32),
     deep=Scattering((16, 32, 64, 64)),
     shallow=Scattering((16, 32, 64, 64), norm=False, decay=False),
-    large_data=DIGITS32,
-    large_recipe=Recipe(15, 5, 0.05, 32),
+    large_by={"data": DIGITS32, "recipe": Recipe(15, 5, 0.05, 32)},
     large=Scattering((8, 16, 16, 32, 32, 64), True, False, "Pc", 1, False),
-    resnet_recipe=Recipe(15, 5, 0.05, 32),
-    resnet_prefix="digits32",
-    resnet_suffix="",
+    resnets_by={"data": DIGITS32, "recipe": Recipe(15, 5, 0.05, 32)},
     resnet_widths=range(-4, 0),
     resnet_shown=-1,
     gaussianity=20,
@@ -320,14 +285,12 @@ def activation_convergence(scale):
             suffix = f"-init{init}" if scale.activation_inits > 1 else ""
             fields = {"suffix": suffix, "width": 2.0**exponent, "init": init}
             experiments.append(train(scale, scale.deep.scaled(exponent), group, serves, **fields))
-    how = {"data": scale.large_data, "recipe": scale.resnet_recipe}
-    how |= {"prefix": scale.resnet_prefix, "suffix": scale.resnet_suffix}
     for exponent in scale.resnet_widths:
         shown = exponent == scale.resnet_shown
         serves = {5: "resnet", 7: "resnet"} if shown else {5: "resnet"}
         published = _published(scale, "imagenet_spectra", "resnet_acc5", accuracy="acc5") if shown else None
-        width = 2.0**exponent
-        experiments.append(train(scale, ResNet(width), group, serves, width=width, published=published, **how))
+        fields = {"width": 2.0**exponent, "published": published, **scale.resnets_by}
+        experiments.append(train(scale, ResNet(2.0**exponent), group, serves, **fields))
     return experiments
 
 
@@ -351,8 +314,8 @@ def weight_convergence(scale):
 def imagenet_spectra(scale):
     """The complex skip network (figure 7); the ResNet beside it is one of `activation_convergence`."""
     published = _published(scale, "imagenet_spectra", "scattering_acc5", accuracy="acc5")
-    how = {"data": scale.large_data, "recipe": scale.large_recipe, "published": published}
-    return [train(scale, scale.large, "imagenet_spectra", {7: "scattering"}, **how)]
+    serves = {7: "scattering"}
+    return [train(scale, scale.large, "imagenet_spectra", serves, published=published, **scale.large_by)]
 
 
 def dynamics(scale):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.errors import DivergedError, StoppedError, UserError, WriteError
-from utils.experiments.status import Clock, duration, read_state, remaining, work
+from utils.experiments.status import duration, read_state, remaining, work
 
 MEANINGS = {UserError: "bad input", DivergedError: "it diverged", WriteError: "a file could not be written"}
 PATIENCE = 30  # seconds that processes have to save their state
@@ -59,61 +59,40 @@ def threads_per_job(jobs):
     return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // jobs))
 
 
-def in_order(experiments):
-    """The experiments, every one after those it needs, otherwise in their order."""
-    listed, names = [], {experiment.name: experiment for experiment in experiments}
-
-    def visit(experiment):
-        if names.pop(experiment.name, None):
-            for need in experiment.needs:
-                if need in names:
-                    visit(names[need])
-            listed.append(experiment)
-
-    for experiment in experiments:
-        visit(experiment)
-    return listed
-
-
 def longest_first(experiments):
-    """The experiments, those at the head of the longest chains of work first, every one after those it needs.
+    """The experiments, each listed after those it needs, with those at the head of the longest chains of work first.
 
-    Several processes at a time then end together, none waiting for one that began last.
+    Several processes at a time then end together, none waiting for one that began last; needs still come first.
     """
-    behind, chains = {}, {}
-    for experiment in reversed(in_order(experiments)):
-        chains[experiment.name] = chain = work(experiment) + behind.get(experiment.name, 0)
+    chains = {}
+    for experiment in reversed(experiments):
+        chains[experiment.name] = chain = work(experiment) + chains.get(experiment.name, 0)
         for need in experiment.needs:
-            behind[need] = max(behind.get(need, 0), chain)
-    return in_order(sorted(experiments, key=lambda experiment: -chains[experiment.name]))
+            chains[need] = max(chains.get(need, 0), chain)
+    return sorted(experiments, key=lambda experiment: -chains[experiment.name])
 
 
 class Runner:
-    """Runs a list of experiments. `run` returns the exit status: 0 if all are finished in the end, 1 otherwise."""
+    """Runs experiments, each listed after those it needs. `run` returns 0 if all are finished in the end, or else 1."""
 
     def __init__(self, experiments, settings, terminal=None):
-        self.waiting = (longest_first if settings.jobs > 1 else in_order)(experiments)
-        self.settings, self.running, self.outcome, self.elsewhere = settings, [], {}, {}
-        self.report = Report(settings, len(self.waiting), self.outcome, terminal)
-        self.signals = []
-
-    def settle(self):
-        """Ticks off what is finished already. Returns whether anything is left."""
-        for experiment in list(self.waiting):
-            if read_state(self.settings.root, experiment).name == "finished":
-                self._settle(experiment, "finished")
-        return bool(self.waiting)
+        self.waiting = longest_first(experiments) if settings.jobs > 1 else list(experiments)
+        self.settings, self.running, self.outcome, self.elsewhere, self.signals = settings, [], {}, {}, []
+        self.report = Report(experiments, self.outcome, settings.root, terminal)
 
     def run(self):
         """Runs everything. Raises StoppedError after SIGINT or SIGTERM, once the processes have ended."""
-        if self.settle() and self.outcome:
+        for experiment in list(self.waiting):
+            if read_state(self.settings.root, experiment).name == "finished":
+                self._settle(experiment, "finished")
+        if self.waiting and self.outcome:
             self.report.say(f"{self.report.finished()} already.")
         before = {signum: signal.signal(signum, self._interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             while (self.waiting or self.running) and not self.signals:
                 self._reap()
                 self._launch()
-                self.report.progress(self.running, self.waiting)
+                self.report.progress(self.running)
                 time.sleep(0.05 if self.running or not self.waiting else 0.5)
         finally:
             self._stop()
@@ -203,7 +182,7 @@ class Runner:
             state = read_state(self.settings.root, run.experiment)
             if state.name == "finished":
                 self.outcome[run.experiment.name] = "finished"
-                self.report.trained(run, state, [*self.waiting, *(other.experiment for other in self.running)])
+                self.report.trained(run, state)
             elif state.name == "running":
                 self._leave_to(state.detail, run.experiment)
                 self.waiting.append(run.experiment)
@@ -232,11 +211,10 @@ class Runner:
 class Report:
     """What a run prints: lines, and on a terminal one more that shows progress. `outcome`: name -> how it ended."""
 
-    def __init__(self, settings, total, outcome, terminal=None):
-        self.settings, self.total, self.outcome = settings, total, outcome
+    def __init__(self, experiments, outcome, root, terminal=None):
+        self.experiments, self.outcome, self.root = experiments, outcome, root
         self.terminal = sys.stdout.isatty() if terminal is None else terminal
-        self.clock, self.begun = Clock(), time.monotonic()
-        self.shown = self.trained_here = 0
+        self.begun, self.work, self.shown, self.trained_here = time.monotonic(), self._left(), 0.0, 0
 
     def say(self, text, *more):
         self.clear_line()
@@ -248,46 +226,47 @@ class Report:
 
     def place(self):
         """How many are settled, "[ 3/12]"."""
-        return f"[{len(self.outcome):>{len(str(self.total))}}/{self.total}]"
+        total = len(self.experiments)
+        return f"[{len(self.outcome):>{len(str(total))}}/{total}]"
 
     def finished(self):
-        return f"{list(self.outcome.values()).count('finished')} of {self.total} experiments are finished"
+        return f"{list(self.outcome.values()).count('finished')} of {len(self.experiments)} experiments are finished"
 
-    def times(self, left):
-        """The time spent, and what the experiments that are left will take."""
-        spent = f"{duration(time.monotonic() - self.begun)} so far"
-        amount = sum(remaining(experiment, read_state(self.settings.root, experiment)) for experiment in left)
-        seconds = self.clock.estimate(amount) if amount else None
-        return spent if seconds is None else f"{spent}, about {duration(seconds / self.settings.jobs)} left"
+    def _left(self):
+        unsettled = [experiment for experiment in self.experiments if experiment.name not in self.outcome]
+        return sum(remaining(experiment, read_state(self.root, experiment)) for experiment in unsettled)
 
-    def trained(self, run, state, left):
-        """Says that a run has finished; `left`: the experiments that are not settled yet."""
-        seconds = time.monotonic() - run.started
-        self.clock.add(work(run.experiment), seconds)
+    def times(self):
+        """The time spent and, if anything has been done, the time that the rest takes at the same pace."""
+        spent, left = time.monotonic() - self.begun, self._left()
+        done = self.work - left
+        return f"{duration(spent)} so far" + (
+            f", about {duration(spent * left / done)} left" if left and done > 0 else ""
+        )
+
+    def trained(self, run, state):
+        """Says that a run has finished."""
         self.trained_here += 1
         accuracy = "" if state.acc1 is None else f", {state.acc1:.1f} % top-1"
-        name = run.experiment.name
-        self.say(f"{self.place()} {name}: finished in {duration(seconds)}{accuracy}; {self.times(left)}")
+        spent = duration(time.monotonic() - run.started)
+        self.say(f"{self.place()} {run.experiment.name}: finished in {spent}{accuracy}; {self.times()}")
 
-    def progress(self, running, waiting):
+    def progress(self, running):
         """Once a second on a terminal: how far, which are running, the time spent and left."""
         if not self.terminal or time.monotonic() - self.shown < 1:
             return
         self.shown = time.monotonic()
-        parts = []
-        for run in running:
-            state = read_state(self.settings.root, run.experiment)
-            parts.append(run.experiment.name + (f" (epoch {state.epoch}/{state.epochs})" if state.epoch else ""))
-        times = self.times([*waiting, *(run.experiment for run in running)])
-        line = f"{self.place()} {times}: {', '.join(parts)}"
+        states = [(run.experiment.name, read_state(self.root, run.experiment)) for run in running]
+        parts = [name + (f" (epoch {state.epoch}/{state.epochs})" if state.epoch else "") for name, state in states]
+        line = f"{self.place()} {self.times()}: {', '.join(parts)}"
         print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
 
     def summary(self):
         """Prints the last line. Returns the exit status."""
         outcomes = list(self.outcome.values())
-        done = outcomes.count("finished") == self.total
+        done = set(outcomes) <= {"finished"}
         if done and not self.trained_here:
-            self.say(f"All {self.total} experiments are finished: nothing to do.")
+            self.say(f"All {len(outcomes)} experiments are finished: nothing to do.")
         else:
             others = [
                 f", {outcomes.count(name)} {name}" for name in ("failed", "changed", "blocked") if name in outcomes

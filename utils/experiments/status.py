@@ -121,28 +121,14 @@ def _number(value):
         return None
 
 
-class Clock:
-    """Estimates times from the work done so far and the seconds it took."""
-
-    def __init__(self):
-        self.work, self.seconds = 0, 0.0
-
-    def add(self, work, seconds):
-        self.work, self.seconds = self.work + work, self.seconds + seconds
-
-    def estimate(self, work):
-        """Seconds that `work` will take, None before anything is known."""
-        return work * self.seconds / self.work if self.work else None
-
-
-def clock_of(root, experiments, states):
-    """A `Clock` set by the metrics of everything that has been trained so far."""
-    clock = Clock()
+def _pace(root, experiments, states):
+    """Seconds that a unit of work takes by the metrics of what has been trained so far, None if nothing has been."""
+    done = seconds = 0
     for experiment, state in zip(experiments, states):
         speeds = [row.get("images_per_second") for row in read_metrics(Path(root) / experiment.name)]
-        if state.epoch and (seconds := sum(experiment.images / speed for speed in speeds if speed)):
-            clock.add(work(experiment) * _share_done(experiment, state), seconds)
-    return clock
+        if state.epoch and (spent := sum(experiment.images / speed for speed in speeds if speed)):
+            done, seconds = done + work(experiment) * _share_done(experiment, state), seconds + spent
+    return seconds / done if done else None
 
 
 def duration(seconds):
@@ -164,9 +150,9 @@ def duration(seconds):
 def status_table(root, experiments):
     """Lines: for every experiment its state, epoch, accuracy, published accuracy and time left; then the totals."""
     states = [read_state(root, experiment) for experiment in experiments]
-    clock = clock_of(root, experiments, states)
+    pace = _pace(root, experiments, states)
     rows = [("experiment", "state", "epoch", "accuracy", "published", "left")]
-    rows += [_row(experiment, state, clock) for experiment, state in zip(experiments, states)]
+    rows += [_row(experiment, state, pace) for experiment, state in zip(experiments, states)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += [
@@ -175,16 +161,17 @@ def status_table(root, experiments):
         if state.detail and state.name in ("changed", "damaged", "failed")
     ]
     total = sum(remaining(experiment, state) for experiment, state in zip(experiments, states))
-    left = f"; about {duration(clock.estimate(total))} left, one after another" if total and clock.work else ""
+    left = f"; about {duration(total * pace)} left, one after another" if total and pace else ""
     counts = ", ".join(f"{count} {name}" for name, count in Counter(state.name for state in states).items())
     return [*lines, f"{len(experiments)} experiments: {counts}{left}"]
 
 
-def _row(experiment, state, clock):
+def _row(experiment, state, pace):
     is_training = experiment.script == "main_block.py" and state.epoch is not None
     epoch = f"{state.epoch}/{state.epochs or experiment.epochs}" if is_training else ""
     published = experiment.published or {}
     top, unit = ("acc5", " top-5") if "acc5" in published else ("acc1", "")
-    accuracies = ("" if value is None else f"{value:.1f}{unit}" for value in (getattr(state, top), published.get(top)))
+    values = (getattr(state, top), published.get(top))
+    accuracies = ("" if value is None else f"{value:.1f}{unit}" for value in values)
     left = remaining(experiment, state)
-    return (experiment.name, state.name, epoch, *accuracies, duration(clock.estimate(left)) if left else "")
+    return (experiment.name, state.name, epoch, *accuracies, duration(pace and left * pace) if left else "")
