@@ -22,7 +22,7 @@ class Sequence(nn.Sequential):
         super().__init__()
         check_names(names)
         for name in names:
-            if name in PROJECTIONS and config.remove_projection or name == "id":
+            if name in PROJECTIONS and config.remove_projection or name == IDENTITY:
                 continue
             module = build_module(name, signal, config)
             signal = module.out
@@ -39,15 +39,12 @@ class RealImaginary(nn.Module):
 
     def __init__(self, signal, inverse=False):
         super().__init__()
-        if inverse:
-            if signal.complex or signal.channels % 2:
-                raise ValueError(f"'C' needs an even number of real channels, but its input has {signal}")
-            self.out = signal.with_(channels=signal.channels // 2, complex=True)
-        else:
-            if not signal.complex:
-                raise ValueError(f"'R' needs a complex input, but its input has {signal}")
-            self.out = signal.with_(channels=2 * signal.channels, complex=False)
+        if inverse and (signal.complex or signal.channels % 2):
+            raise ValueError(f"'C' needs an even number of real channels, but its input has {signal}")
+        if not inverse and not signal.complex:
+            raise ValueError(f"'R' needs a complex input, but its input has {signal}")
         self.inverse = inverse
+        self.out = signal.with_(channels=signal.channels // 2 if inverse else 2 * signal.channels, complex=inverse)
 
     def forward(self, x):
         return real_to_complex(x) if self.inverse else complex_to_real(x)
@@ -59,18 +56,14 @@ class Branches(nn.Module):
     def __init__(self, left, right):
         super().__init__()
         self.left, self.right = left, right
-        if (left.out.height, left.out.width) != (right.out.height, right.out.width):
-            raise ValueError(f"two branches differ in size ({left.out} and {right.out}): they cannot be concatenated")
-        self.out = left.out.with_(
-            channels=left.out.channels + right.out.channels, complex=left.out.complex or right.out.complex
-        )
+        self.out = left.out.joined(right.out)
 
     def forward(self, x):
         return concatenate(self.left(x), self.right(x))
 
 
 class SkipConnection(Branches):
-    """`rho`: z -> [linear(z), non_linear(ρ(z))]."""
+    """`rho`: z -> [left(z), right(ρ(z))]."""
 
     def __init__(self, signal, config):
         rho = build_module("mod", signal, config)
@@ -84,52 +77,24 @@ class SkipConnection(Branches):
 
 def build_module(name, signal, config):
     """The module called `name` in the grammar, for inputs of type `signal`; it has an attribute `out`, a Signal."""
-    if name == "Fw":
-        module = WaveletTransform(signal, config.angles, config.kind, config.scales_per_octave, config.full_angles)
-        phi = Sequence(config.phi_arch, module.phi_signal, config)
-        if module.number:
-            psi = Sequence(config.psi_arch, module.psi_signal, config)
-            module.attach(phi, phi.out, psi, psi.out)
-        else:
-            module.attach(phi, phi.out, nn.Identity(), phi.out)
-        return module
-    if name == "mod":
-        return NonLinearity(
-            config.non_linearity,
-            signal,
-            config.non_linearity_bias,
-            config.non_linearity_gain,
-            config.non_linearity_learned,
-        )
-    if name in PROJECTIONS:
-        return _build_projection(name, signal, config)
+
+    def sequence(names, signal=signal):
+        return Sequence(names, signal, config)
+
+    number = {"bias": config.non_linearity_bias, "gain": config.non_linearity_gain}
     builders = {
+        "Fw": lambda: WaveletTransform(signal, config, sequence),
+        "mod": lambda: NonLinearity(config.non_linearity, signal, **number, learned=config.non_linearity_learned),
         "rho": lambda: SkipConnection(signal, config),
         "Std": lambda: Standardization(signal, config.homogeneous),
         "N": lambda: Normalization(signal),
         "R": lambda: RealImaginary(signal),
         "C": lambda: RealImaginary(signal, inverse=True),
-        "B": lambda: Branches(Sequence(config.left_arch, signal, config), Sequence(config.right_arch, signal, config)),
+        "B": lambda: Branches(sequence(config.left_arch), sequence(config.right_arch)),
         "FrhoF": lambda: Frame(signal, config.dictionary_size, config.dictionary_non_linearity),
+        **dict.fromkeys(PROJECTIONS, lambda: Projection(name, signal, config)),
     }
     return builders[name]()
-
-
-def _build_projection(name, signal, config):
-    size = getattr(config, f"{name}_size")
-    if size is None:
-        flag = "--L-proj-size" if name == "P" else f"--{name}-size"
-        raise ValueError(f"the module {name!r} needs its number of channels ({flag})")
-    return Projection(
-        signal,
-        None if size == IDENTITY else size,
-        is_complex=name == "Pc" or (name == "P" and signal.complex),
-        basis=config.projection_basis,
-        eigenvalues=config.projection_eigenvalues,
-        initialization=config.projection_initialization,
-        frozen=config.freeze_projection,
-        orthogonal=config.orthogonal,
-    )
 
 
 class Block(nn.Module):
@@ -138,8 +103,8 @@ class Block(nn.Module):
     `P` is its projection and `std` its standardisation, each None if there is none at the block's top level. `features`
     gives the projection's input, W_j's input in the paper's notation φ_{j-1}; `project` is what follows.
 
-    The blocks of the paper run as one operation (`models.fast`). They run module by module if `fast` is set to False,
-    if any of their modules has a hook or was replaced, and for numbers other than float32.
+    The blocks of the paper run as one operation, the FusedBlock `fused`. They run module by module if `fast` is set to
+    False, if any of their modules has a hook or was replaced, and for numbers other than float32.
     """
 
     def __init__(self, signal, config: BlockConfig):
@@ -150,7 +115,7 @@ class Block(nn.Module):
         stages = list(self.body)
         projections = [index for index, stage in enumerate(stages) if isinstance(stage, Projection)]
         self._cut = projections[0] if projections else len(stages)
-        self._fused = fused_block(signal, stages)
+        self.fused = fused_block(signal, stages)
         self._as_built = [(module, type(module), dict(module._modules)) for module in (self, *self.body.modules())]
         self.fast = True
 
@@ -166,17 +131,13 @@ class Block(nn.Module):
         """(B, C, M, N) -> (B, D, M', N'), the input of the projection (the block's output if it has none)."""
         stages = list(self.body)[: self._cut]
         if self.runs_fused(x.dtype) and not torch.is_grad_enabled():
-            x = self._fused.features(x)
+            x = self.fused.features(x)
             stages = [stage for stage in stages if isinstance(stage, Standardization)]
-        for stage in stages:
-            x = stage(x)
-        return x
+        return _through(stages, x)
 
     def project(self, features):
         """(B, D, M', N') -> the block's output (B, C', M', N'): the projection and what follows it."""
-        for stage in list(self.body)[self._cut :]:
-            features = stage(features)
-        return features
+        return _through(list(self.body)[self._cut :], features)
 
     def forward(self, x):
         if self.runs_fused(x.dtype):
@@ -184,34 +145,28 @@ class Block(nn.Module):
         return self.body(x)
 
     def forward_planar(self, x):
-        """`forward` from (B, M, N, p·C) to (B, M', N', q·C'), the form in which fused blocks hand maps on."""
-        return self._fused(x, self.P.weight, self.std)
-
-    def columns_of(self, x):
-        """`features` before `std` from (B, M, N, p·C), as the fused block computes with them: rows of real columns."""
-        return self._fused.columns_of(x)
-
-    def parts_of(self, columns):
-        """Real and imaginary parts of such columns, and their order: see `FusedBlock.parts_of`."""
-        return self._fused.parts_of(columns)
-
-    def forward_from(self, columns, x):
-        """`forward_planar` in evaluation mode, given the columns of x."""
-        return self._fused.forward_from(columns, x, self.P.weight, self.std)
+        """`forward` of a block that runs fused, from (B, M, N, p·C) to (B, M', N', q·C')."""
+        return self.fused(x, self.P.weight, self.std)
 
     def runs_fused(self, dtype):
         """Whether `forward` runs as one operation for images of this type."""
-        if self._fused is None or not self.fast or dtype not in (torch.float, torch.cfloat):
+        if self.fused is None or not self.fast or dtype not in (torch.float, torch.cfloat):
             return False
         return all(_is_as_built(*each) for each in self._as_built)
+
+
+def _through(stages, x):
+    for stage in stages:
+        x = stage(x)
+    return x
 
 
 def exclude_from_compilation(network):
     """Keep `torch.compile` from the fused operations of a network: their backward is their own."""
     for block in network.modules():
-        if isinstance(block, Block) and block._fused is not None:
+        if isinstance(block, Block) and block.fused is not None:
             block.runs_fused = torch.compiler.disable(block.runs_fused)
-            block._fused.forward = torch.compiler.disable(block._fused.forward)
+            block.fused.forward = torch.compiler.disable(block.fused.forward)
 
 
 def _is_as_built(module, kind, children):

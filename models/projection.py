@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.config import BlockConfig
+from models.names import IDENTITY
+
 
 def apply_weight(weight, x):
     """W (N, D) on every position of x (B, D, M, N'), real or complex each -> (B, N, M, N')."""
@@ -17,65 +20,30 @@ def apply_weight(weight, x):
 
 
 class Projection(nn.Module):
-    """(B, D, M, N) -> (B, C, M, N), weights of shape (C, D), real or complex.
+    """(B, D, M, N) -> (B, C, M, N): the module `name` of a block, with weights (C, D).
 
-    Real weights on a complex input act on real and imaginary parts alike. Real weights start as `nn.Conv2d`'s,
-    complex ones as the unitary factor of a complex Gaussian matrix; `orthogonal` starts either as a partial isometry.
+    The weights of "Pr" are real, those of "Pc" complex, those of "P" of the input's type; real weights act on the real
+    and the imaginary part of a complex input alike. A fixed basis (K, D) comes before the weights, then (C, K), if
+    `config` has one. C = "id" keeps the input: the weights are a fixed identity.
 
-    Args:
-        signal: type of the input.
-        channels: C; None keeps the input as it is: W is a fixed identity.
-        is_complex: whether the weights are complex.
-        basis: (K, D) fixed projection applied before the weights, which are then (C, K); None for none.
-        eigenvalues: (K,) variances of Gaussian weights along the input directions; None for the default start.
-        initialization: (C, K) weights to start from; None for the default start.
-        frozen: the weights are not learned.
-
-    Raises:
-        ValueError: a shape does not fit.
+    Raises ValueError if C is missing or a matrix of `config` does not fit.
     """
 
-    def __init__(
-        self,
-        signal,
-        channels,
-        is_complex=False,
-        *,
-        basis=None,
-        eigenvalues=None,
-        initialization=None,
-        frozen=False,
-        orthogonal=False,
-    ):
+    def __init__(self, name, signal, config: BlockConfig):
         super().__init__()
+        size, basis = getattr(config, f"{name}_size"), config.projection_basis
+        if size is None:
+            flag = "--L-proj-size" if name == "P" else f"--{name}-size"
+            raise ValueError(f"the module {name!r} needs its number of channels ({flag})")
         if basis is not None and basis.shape[1] != signal.channels:
             raise ValueError(f"the fixed projection takes {basis.shape[1]} channels, not {signal.channels}")
         self.register_buffer("basis", basis, persistent=basis is not None)
         inputs = signal.channels if basis is None else len(basis)
-        identity = channels is None
-        channels = inputs if identity else channels
-        dtype = torch.cfloat if is_complex else torch.float
-        if identity:
-            weight = torch.eye(inputs, dtype=dtype)
-        elif initialization is not None:
-            weight = self._checked(initialization, (channels, inputs), "initial weights").to(dtype)
-        elif eigenvalues is not None:
-            variances = self._checked(eigenvalues, (inputs,), "eigenvalues")
-            weight = torch.randn(channels, inputs, dtype=dtype) * variances.sqrt()
-        elif is_complex or orthogonal:
-            weight = partial_isometry(channels, inputs, dtype)
-        else:
-            bound = 1 / math.sqrt(inputs)
-            weight = torch.empty(channels, inputs).uniform_(-bound, bound)
-        self.weight = nn.Parameter(weight, requires_grad=not (frozen or identity))
-        self.orthogonal = orthogonal
-        self.out = signal.with_(channels=channels, complex=signal.complex or is_complex)
-
-    @staticmethod
-    def _checked(tensor, shape, what):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{what} of shape {tuple(tensor.shape)} do not fit: {shape} is needed")
-        return tensor
+        is_complex = name == "Pc" or (name == "P" and signal.complex)
+        dtype, is_identity = torch.cfloat if is_complex else torch.float, size == IDENTITY
+        weight = torch.eye(inputs, dtype=dtype) if is_identity else initial_weight(size, inputs, dtype, config)
+        self.weight = nn.Parameter(weight, requires_grad=not (config.freeze_projection or is_identity))
+        self.out = signal.with_(channels=len(weight), complex=signal.complex or is_complex)
 
     def forward(self, x):
         if self.basis is not None:
@@ -100,7 +68,25 @@ class Projection(nn.Module):
         return f"{columns} -> {rows}, {kind}" + ("" if self.weight.requires_grad else ", frozen")
 
 
-def partial_isometry(rows, columns, dtype):
-    """The polar factor of a Gaussian matrix, (rows, columns): orthonormal rows or columns, uniformly drawn."""
-    u, _, vh = torch.linalg.svd(torch.randn(rows, columns, dtype=dtype), full_matrices=False)
-    return u @ vh
+def initial_weight(rows, columns, dtype, config):
+    """W (rows, columns) at the start: given, or Gaussian of given variances along the input, or the default.
+
+    By default real weights start as `nn.Conv2d`'s, complex or `orthogonal` ones as a uniformly drawn partial isometry,
+    the polar factor of a Gaussian matrix.
+    """
+    if config.projection_initialization is not None:
+        return _fitting(config.projection_initialization, (rows, columns), "initial weights").to(dtype)
+    if config.projection_eigenvalues is not None:
+        variances = _fitting(config.projection_eigenvalues, (columns,), "eigenvalues")
+        return torch.randn(rows, columns, dtype=dtype) * variances.sqrt()
+    if dtype.is_complex or config.orthogonal:
+        u, _, vh = torch.linalg.svd(torch.randn(rows, columns, dtype=dtype), full_matrices=False)
+        return u @ vh
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rows, columns).uniform_(-bound, bound)
+
+
+def _fitting(tensor, shape, what):
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{what} of shape {tuple(tensor.shape)} do not fit: {shape} is needed")
+    return tensor

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.names import PLAIN
+from models.config import BlockConfig
 from models.signal import output_size, padded_size, padding_indices
 from models.wavelets import filter_bank
 
@@ -34,41 +34,28 @@ def reference_transform(x, bank, subsample):
 class WaveletTransform(nn.Module):
     """(B, C, M, N) -> [φ, ψ] (B, C + C·n, M', N'), after the modules `phi` and `psi`; complex if either part is.
 
-    n = L angles (times S scales in a plain block); φ alone when L = 0.
+    n = L angles (times S scales in a plain block); φ alone if L = 0. `build(names, signal)` makes `phi` and `psi`.
 
     Raises ValueError: an image axis too small for the transform.
     """
 
-    def __init__(self, signal, angles, kind=PLAIN, scales_per_octave=1, full_angles=False):
+    def __init__(self, signal, config: BlockConfig, build):
         super().__init__()
-        self.subsample = kind != 0
-        height, width = (output_size(size, self.subsample) for size in (signal.height, signal.width))
+        shape = signal.height, signal.width
+        self.subsample = config.kind != 0
+        height, width = (output_size(size, self.subsample) for size in shape)
         if min(height, width) < 1:
-            raise ValueError(f"an image of {signal.height}×{signal.width} is too small for another wavelet transform")
-        bank = filter_bank(
-            padded_size(signal.height), padded_size(signal.width), angles, kind, scales_per_octave, full_angles
-        )
+            raise ValueError(f"an image of {shape[0]}×{shape[1]} is too small for another wavelet transform")
+        options = config.angles, config.kind, config.scales_per_octave, config.full_angles
+        bank = filter_bank(*map(padded_size, shape), *options)
         self.register_buffer("bank", torch.from_numpy(bank.copy()), persistent=False)
         self.number = len(bank) - 1
-        self.phi_signal = signal.with_(height=height, width=width)
-        self.psi_signal = self.phi_signal.with_(channels=signal.channels * self.number, complex=True)
-        self.phi, self.psi = nn.Identity(), nn.Identity()
-        self._set_out(self.phi_signal, self.psi_signal)
-
-    def attach(self, phi, phi_out, psi, psi_out):
-        """Put modules after φ and after ψ, with the types of their outputs."""
-        if (phi_out.height, phi_out.width) != (psi_out.height, psi_out.width):
-            raise ValueError(f"φ ({phi_out}) and ψ ({psi_out}) differ in size: they cannot be concatenated")
-        self.phi, self.psi = phi, psi
-        self._set_out(phi_out, psi_out)
-
-    def _set_out(self, phi_out, psi_out):
-        if self.number == 0:
-            self.out = phi_out
-        else:
-            self.out = phi_out.with_(
-                channels=phi_out.channels + psi_out.channels, complex=phi_out.complex or psi_out.complex
-            )
+        signal = signal.with_(height=height, width=width)
+        self.phi, self.psi = build(config.phi_arch, signal), nn.Identity()
+        self.out = self.phi.out
+        if self.number:
+            self.psi = build(config.psi_arch, signal.with_(channels=signal.channels * self.number, complex=True))
+            self.out = self.phi.out.joined(self.psi.out)
 
     def forward(self, x):
         phi, psi = reference_transform(x, self.bank, self.subsample)

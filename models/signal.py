@@ -24,6 +24,12 @@ class Signal:
     def with_(self, **changes) -> "Signal":
         return replace(self, **changes)
 
+    def joined(self, other: "Signal") -> "Signal":
+        """The type of two feature maps concatenated along channels. Raises ValueError if they differ in size."""
+        if (self.height, self.width) != (other.height, other.width):
+            raise ValueError(f"{self} and {other} differ in size: they cannot be concatenated")
+        return self.with_(channels=self.channels + other.channels, complex=self.complex or other.complex)
+
 
 def padded_size(size: int) -> int:
     """Size of an image axis after the reflection padding of a wavelet transform."""
