@@ -38,75 +38,38 @@ class Statistics:
     count: int = 0
 
 
-def modulus_features(coefficients, slices, out):
-    """[φ, |ψ|] of a chunk: groups (P, parts, filters, C) -> `out` (P, 1 + n, C), each at its slice."""
-    out[:, 0] = coefficients[0][:, 0, 0]
-    for z, filters in zip(coefficients[1:], slices[1:], strict=True):
-        _modulus(z, out[:, filters])
-
-
-def modulus_gradients(gradient, features, coefficients, slices):
-    """Gradients of the coefficients, over `coefficients`, from those of [φ, |ψ|] (over `gradient`)."""
-    coefficients[0][:, 0, 0] = gradient[:, 0]
-    ratio = gradient.div_(features.clamp_min(_SMALLEST_MODULUS))
-    for z, filters in zip(coefficients[1:], slices[1:], strict=True):
-        z.mul_(ratio[:, None, filters])
-    return coefficients
-
-
-def skip_features(coefficients, slices, out):
-    """[Re z, |z|, Im z] of a chunk, z = [φ, ψ]: groups (P, 2, filters, C) -> `out` (P, 3, 1 + n, C)."""
-    for z, filters in zip(coefficients, slices, strict=True):
-        out[:, 0::2, filters] = z
-        _modulus(z, out[:, 1, filters])
-
-
-def skip_gradients(gradient, features, slices):
-    """Gradients of each group's coefficients from those of [Re z, |z|, Im z]; the coefficients are in `features`."""
-    ratio = torch.div(gradient[:, 1], features[:, 1].clamp_min(_SMALLEST_MODULUS))
-    return [torch.addcmul(gradient[:, 0::2, f], ratio[:, None, f], features[:, 0::2, f]).contiguous() for f in slices]
-
-
-def _modulus(z, out):
-    squared = torch.mul(z[:, 0], z[:, 0])
-    squared.addcmul_(z[:, 1], z[:, 1])
-    torch.sqrt(squared, out=out)
-
-
 class _FusedBlock(torch.autograd.Function):
     """x (B, M, N, p·C), W (C', D) real or complex -> y (B, M', N', q·C') and the features' statistics."""
 
     @staticmethod
-    def forward(ctx, x, weight, plan, statistics, lower):
+    def forward(ctx, x, weight, block, statistics, lower):
         keep = any(ctx.needs_input_grad)
-        ctx.batch_statistics = statistics is None
-        ctx.lower = lower
-        if keep or statistics is None:
-            features, statistics = plan.compute_features(x, statistics)
-        else:
-            features = None
-        matrices = plan.layout.fold(weight, plan.scale(statistics))
-        y, norm = plan.project(x, features, matrices, statistics, lower)
+        ctx.block, ctx.of_batch, ctx.lower = block, statistics is None, lower
+        features = None
+        if keep or ctx.of_batch:
+            features, statistics = block.compute_features(x, statistics)
+        matrices = block.layout.fold(weight, block.scale(statistics))
+        y, norms = block.project(x, features, matrices, statistics, lower)
         if keep:
-            ctx.plan, ctx.statistics = plan, statistics
-            ctx.save_for_backward(x, weight, features, y, norm, *matrices)
+            ctx.statistics = statistics
+            ctx.save_for_backward(x, weight, features, y, norms, *matrices)
         count = torch.tensor(statistics.count)
         ctx.mark_non_differentiable(statistics.mean, statistics.var, count)
         return y, statistics.mean, statistics.var, count
 
     @staticmethod
     def backward(ctx, gradient, *_statistics):
-        x, weight, features, y, norm, *matrices = ctx.saved_tensors
-        plan, statistics = ctx.plan, ctx.statistics
-        gradient = plan.undo_normalization(gradient, y, norm)
+        x, weight, features, y, norms, *matrices = ctx.saved_tensors
+        block, statistics = ctx.block, ctx.statistics
+        gradient = block.undo_normalization(gradient, y, norms)
         total = gradient.sum(0)
-        products = plan.weight_products(gradient, features, total, matrices, statistics, ctx.lower)
+        products = block.weight_products(gradient, features, total, matrices, statistics, ctx.lower)
         weight_gradient = x_gradient = None
         if ctx.needs_input_grad[1]:
-            weight_gradient = plan.layout.unfold(products, weight, plan.scale(statistics))
+            weight_gradient = block.layout.unfold(products, weight, block.scale(statistics))
         if ctx.needs_input_grad[0]:
-            slope, shift = plan.statistics_gradient(matrices, products, total, statistics, ctx.batch_statistics)
-            x_gradient = plan.input_gradient(x, gradient, features, matrices, slope, shift, ctx.lower)
+            slope, shift = block.statistics_gradient(matrices, products, total, statistics, ctx.of_batch)
+            x_gradient = block.input_gradient(x, gradient, features, matrices, slope, shift, ctx.lower)
         return x_gradient, weight_gradient, None, None, None
 
 
@@ -114,11 +77,6 @@ def _cut(whole, size):
     """Cut a slice into slices of at most `size` (at least 1)."""
     size = max(1, size)
     return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]
-
-
-def _within(inner, outer):
-    """A slice counted from the start of another one that holds it."""
-    return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
 class FusedBlock(nn.Module):
@@ -134,40 +92,58 @@ class FusedBlock(nn.Module):
 
     def __init__(self, transform, signal, skip, standardized, normalized):
         super().__init__()
-        self.skip, self.standardized, self.normalized, self.channels = skip, standardized, normalized, signal.channels
+        self.skip, self.standardized, self.normalized = skip, standardized, normalized
+        self.layout = ColumnLayout(signal.channels, transform.number, skip)
         bank, shape, parts = transform.bank.cpu().numpy(), (signal.height, signal.width), 2 if signal.complex else 1
         self.maps = WaveletMaps(bank, shape, transform.subsample, parts, phi_parts=2 if skip else 1)
-        self.layout = ColumnLayout(signal.channels, transform.number, skip)
-        self.width = self.layout.width
 
     # -- the steps of the operation -------------------------------------------------------------------------------
 
     def chunks(self, x, images=None):
         """Cut a slice of the batch (all of it) so that the wavelet coefficients fit the processor's cache."""
-        per_image = 4 * self.channels * self.maps.planes() * math.prod(self.maps.out_shape)
+        per_image = 4 * self.layout.channels * self.maps.planes * math.prod(self.maps.out_shape)
         return _cut(images or slice(0, len(x)), (_CHUNK_BYTES_GPU if x.is_cuda else _CHUNK_BYTES) // per_image)
 
     def groups(self, x):
         """Cut the batch so that the projection's products have enough rows."""
-        per_image = math.prod(self.maps.out_shape)
-        return _cut(slice(0, len(x)), len(x) if x.is_cuda else -(-_GROUP_ROWS // per_image))
+        return _cut(slice(0, len(x)), len(x) if x.is_cuda else -(-_GROUP_ROWS // math.prod(self.maps.out_shape)))
 
-    def rows(self, images):
-        """The rows of the features that belong to a slice of the batch."""
+    def rows(self, images, first=0):
+        """The rows of the features that belong to a slice of the batch, counted from those of the image `first`."""
         positions = math.prod(self.maps.out_shape)
-        return slice(images.start * positions, images.stop * positions)
+        return slice((images.start - first) * positions, (images.stop - first) * positions)
+
+    def in_planes(self, features):
+        """Features (P, width) as (P, 1 or 3 blocks, 1 + n, C)."""
+        return features.view(len(features), -1, 1 + self.layout.filters, self.layout.channels)
 
     def chunk_features(self, x, out):
         """Write the features of a chunk of images to `out` (P, width)."""
-        if self.skip:
-            skip_features(self.maps(x), self.maps.slices, out.view(len(out), 3, -1, self.channels))
-        else:
-            modulus_features(self.maps(x), self.maps.slices, out.view(len(out), -1, self.channels))
+        out, groups = self.in_planes(out), list(zip(self.maps(x), self.maps.places, strict=True))
+        if not self.skip:
+            out[:, 0, 0] = groups.pop(0)[0][:, 0, 0]  # φ
+        for z, place in groups:
+            if self.skip:
+                out[:, 0::2, place] = z
+            squared = torch.mul(z[:, 0], z[:, 0]).addcmul_(z[:, 1], z[:, 1])
+            torch.sqrt(squared, out=out[:, out.shape[1] // 2, place])
+
+    def coefficients_gradient(self, x, features, gradient):
+        """Gradients of the wavelet coefficients of a chunk from those of its features (P, width), overwritten."""
+        features, gradient = self.in_planes(features), self.in_planes(gradient)
+        if self.skip:  # the coefficients are among the features
+            ratio = torch.div(gradient[:, 1:2], features[:, 1:2].clamp_min(_SMALLEST_MODULUS))
+            parts = gradient[:, 0::2], ratio, features[:, 0::2]
+            return [torch.addcmul(*(part[:, :, place] for part in parts)).contiguous() for place in self.maps.places]
+        phi, *psi = self.maps(x)
+        phi[:, 0] = gradient[:, 0, :1]
+        ratio = gradient.div_(features.clamp_min(_SMALLEST_MODULUS))
+        return [phi] + [z.mul_(ratio[:, :, place]) for z, place in zip(psi, self.maps.places[1:], strict=True)]
 
     def compute_features(self, x, statistics):
         """Features (B·M'·N', width) and their statistics: of this batch if none are given."""
-        features = x.new_empty(self.rows(slice(0, len(x))).stop, self.width)
-        moments = x.new_zeros(2, self.width, dtype=torch.float if x.device.type == "mps" else torch.double)
+        features = x.new_empty(self.rows(slice(0, len(x))).stop, self.layout.width)
+        moments = x.new_zeros(2, self.layout.width, dtype=torch.float if x.device.type == "mps" else torch.double)
         for chunk in self.chunks(x):
             part = features[self.rows(chunk)]
             self.chunk_features(x[chunk], part)
@@ -192,25 +168,18 @@ class FusedBlock(nn.Module):
         """y (B, M', N', q·C') and, if it is normalised, the norms (B·M'·N', 1) it was divided by."""
         slices = consecutive(matrices)
         biases = [-(w @ statistics.mean[columns]) for w, (_, columns) in zip(matrices, slices, strict=True)]
-        y = x.new_empty(len(x), *self.maps.out_shape, sum(len(matrix) for matrix in matrices))
+        y = x.new_empty(len(x), *self.maps.out_shape, sum(map(len, matrices)))
         flat = y.view(-1, y.shape[-1])
         norms = x.new_empty(len(flat), 1) if self.normalized else None
         for group in self.groups(x):
             rows = self.rows(group)
-            part = self._group_features(x, group) if features is None else features[rows]
+            part = self.compute_features(x[group], statistics)[0] if features is None else features[rows]
             for matrix, bias, (outputs, columns) in zip(matrices, biases, slices, strict=True):
                 flat[rows, outputs] = times_transposed(part[:, columns], matrix, bias, lower)
             if self.normalized:
                 torch.linalg.vector_norm(flat[rows], dim=1, keepdim=True, out=norms[rows])
                 flat[rows] /= norms[rows]
         return y, norms
-
-    def _group_features(self, x, group):
-        rows = self.rows(group)
-        features = x.new_empty(rows.stop - rows.start, self.width)
-        for chunk in self.chunks(x, group):
-            self.chunk_features(x[chunk], features[_within(self.rows(chunk), rows)])
-        return features
 
     def undo_normalization(self, gradient, y, norms):
         """Gradient (B·M'·N', q·C') before the division by the norm."""
@@ -223,11 +192,9 @@ class FusedBlock(nn.Module):
     def weight_products(self, gradient, features, total, matrices, statistics, lower):
         """Gradients of the matrices W diag(r): products of y's gradient and the centred features."""
         products = []
+        pairs = list(zip(gradient.split(_PRODUCT_ROWS), features.split(_PRODUCT_ROWS), strict=True))
         for outputs, columns in consecutive(matrices):
-            product = sum(
-                transposed_times(g[:, outputs], f[:, columns], lower)
-                for g, f in zip(gradient.split(_PRODUCT_ROWS), features.split(_PRODUCT_ROWS), strict=True)
-            )
+            product = sum(transposed_times(g[:, outputs], f[:, columns], lower) for g, f in pairs)
             products.append(product.addr_(total[outputs], statistics.mean[columns], alpha=-1))
         return products
 
@@ -254,24 +221,15 @@ class FusedBlock(nn.Module):
         x_gradient = torch.empty_like(x)
         for group in self.groups(x):
             rows = self.rows(group)
-            features_gradient = x.new_empty(rows.stop - rows.start, self.width)
+            group_gradient = x.new_empty(rows.stop - rows.start, self.layout.width)
             for matrix, (outputs, columns) in zip(matrices, consecutive(matrices), strict=True):
                 product = times_transposed(gradient[rows, outputs], matrix.t(), shift[columns], lower)
-                features_gradient[:, columns] = product
+                group_gradient[:, columns] = product
             for chunk in self.chunks(x, group):
-                chunk_rows = self.rows(chunk)
-                part, part_gradient = features[chunk_rows], features_gradient[_within(chunk_rows, rows)]
+                part, part_gradient = features[self.rows(chunk)], group_gradient[self.rows(chunk, group.start)]
                 part_gradient.addcmul_(part, slope)
                 self.maps.adjoint(self.coefficients_gradient(x[chunk], part, part_gradient), x_gradient[chunk])
         return x_gradient
-
-    def coefficients_gradient(self, x, features, gradient):
-        """Gradients of the wavelet coefficients of a chunk from those of its features (P, width), overwritten."""
-        if self.skip:
-            shape = (len(features), 3, -1, self.channels)
-            return skip_gradients(gradient.view(shape), features.view(shape), self.maps.slices)
-        shape = (len(features), -1, self.channels)
-        return modulus_gradients(gradient.view(shape), features.view(shape), self.maps(x), self.maps.slices)
 
     # -- what a block calls ---------------------------------------------------------------------------------------
 
@@ -295,23 +253,13 @@ class FusedBlock(nn.Module):
         """The running statistics of a Standardization as real columns; those that change nothing for None."""
         if std is not None:
             return Statistics(*self.layout.to_columns(std.mean, std.var))
-        zero = torch.zeros(self.width, device=x.device)
+        zero = torch.zeros(self.layout.width, device=x.device)
         return Statistics(zero, zero + 1)
 
     @torch.no_grad()
     def columns_of(self, x):
         """Features before standardisation of x (B, M, N, p·C), as it computes with them: (B·M'·N', width) real."""
         return self.compute_features(self.maps.split(x).contiguous(), self._fixed_statistics(None, x))[0]
-
-    def parts_of(self, columns):
-        """Real and imaginary parts of columns, each with its order: channel d's real part is column order[d].
-
-        The imaginary part is (None, None) for real features; it is that of the first channels, those of z.
-        """
-        places, block = self.layout.places(columns.device), self.layout.block
-        if not self.skip:
-            return (columns, places), (None, None)
-        return (columns[:, : 2 * block], torch.cat([places, block + places])), (columns[:, 2 * block :], places)
 
     @torch.no_grad()
     def forward_from(self, columns, x, weight, std=None):
@@ -323,5 +271,5 @@ class FusedBlock(nn.Module):
     @torch.no_grad()
     def features(self, x):
         """x (B, C, M, N) -> [φ, |ψ|] or [z, |z|] (B, D, M', N') in canonical channel order; no gradients."""
-        columns = self.columns_of(to_planar(x))
-        return self.layout.features_of(self.maps.join(columns.view(-1, *self.maps.out_shape, self.width)))
+        columns = self.columns_of(to_planar(x)).view(-1, *self.maps.out_shape, self.layout.width)
+        return self.layout.features_of(self.maps.join(columns))

@@ -6,6 +6,7 @@ p is 1 for a real map and 2 for a complex one, whose real parts come first.
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 RE, MODULUS, IM = range(3)  # the blocks of columns of [z, |z|]
 
@@ -53,58 +54,57 @@ _PIECES = {  # by (skip, whether W is complex)
 }
 
 
-@dataclass(frozen=True)
-class ColumnLayout:
+class ColumnLayout(nn.Module):
     """How the features of a block lie in the columns of a real matrix, and what W becomes there.
 
     Canonical channels are [φ, |ψ|], or [z, |z|] of z = [φ, ψ] with `skip`; ψ has `filters` channels for each of the
     `channels` of the input, the filter index fastest. Columns are one block [φ, |ψ|], or the blocks [Re z, |z|, Im z];
-    in each the filter index is slowest.
+    in each the filter index is slowest. `places`: the column in its block of each channel; `order`: the inverse.
     """
 
-    channels: int
-    filters: int
-    skip: bool
-
-    @property
-    def block(self):
-        """Columns of a block."""
-        return self.channels * (1 + self.filters)
-
-    @property
-    def width(self):
-        """Number of columns."""
-        return self.block * (3 if self.skip else 1)
-
-    def _as_columns(self, values):
-        """Values of the channels of φ and ψ, (D,), in the order of the columns of a block."""
-        phi, psi = values[: self.channels], values[self.channels :]
-        return torch.cat([phi, psi.view(self.channels, self.filters).t().flatten()])
-
-    def _as_channels(self, values):
-        """The inverse of `_as_columns`."""
-        phi, psi = values[: self.channels], values[self.channels :]
-        return torch.cat([phi, psi.view(self.filters, self.channels).t().flatten()])
-
-    def places(self, device=None):
-        """The column in its block, (D,), of each channel of φ and ψ."""
-        return self._as_channels(torch.arange(self.block, device=device))
+    def __init__(self, channels, filters, skip):
+        super().__init__()
+        self.channels, self.filters, self.skip = channels, filters, skip
+        self.block = channels * (1 + filters)  # columns of a block
+        self.width = self.block * (3 if skip else 1)
+        psi = channels + torch.arange(channels * filters).view(channels, filters)
+        order = torch.cat([torch.arange(channels), psi.t().flatten()])
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("places", torch.argsort(order), persistent=False)
 
     def to_columns(self, mean, var):
         """Mean and variance of the canonical channels -> those of the columns."""
         if not self.skip:
-            return self._as_columns(mean), self._as_columns(var)
-        (z, modulus), (z_var, modulus_var) = ([self._as_columns(half) for half in v.chunk(2)] for v in (mean, var))
+            return mean[self.order], var[self.order]
+        (z, modulus), (z_var, modulus_var) = ([half[self.order] for half in v.chunk(2)] for v in (mean, var))
         return torch.cat([z.real, modulus.real, z.imag]), torch.cat([z_var, modulus_var, z_var])
 
     def to_channels(self, mean, var):
         """The inverse of `to_columns`."""
         if not self.skip:
-            return self._as_channels(mean), self._as_channels(var)
-        real, modulus, imaginary = (self._as_channels(block) for block in mean.chunk(3))
-        z_var, modulus_var, _ = (self._as_channels(block) for block in var.chunk(3))
+            return mean[self.places], var[self.places]
+        real, modulus, imaginary = (block[self.places] for block in mean.chunk(3))
+        z_var, modulus_var, _ = (block[self.places] for block in var.chunk(3))
         mean = torch.cat([torch.complex(real, imaginary), modulus.to(torch.cfloat)])
         return mean, torch.cat([z_var, modulus_var])
+
+    def parts_of(self, columns):
+        """Real and imaginary parts of columns, each with its order: channel d's real part is column order[d].
+
+        The imaginary part is (None, None) for real features; it is that of the first channels, those of z.
+        """
+        if not self.skip:
+            return (columns, self.places), (None, None)
+        order = torch.cat([self.places, self.block + self.places])
+        return (columns[:, : 2 * self.block], order), (columns[:, 2 * self.block :], self.places)
+
+    def features_of(self, columns):
+        """Maps of the columns, (B, M, N, width), -> the canonical features (B, D, M, N)."""
+        columns = columns.movedim(-1, 1)
+        if not self.skip:
+            return columns[:, self.places]
+        real, modulus, imaginary = (block[:, self.places] for block in columns.chunk(3, 1))
+        return torch.cat([torch.complex(real, imaginary), modulus.to(torch.cfloat)], 1)
 
     def tied(self, values):
         """Sums (width,) over the real numbers that one r of W diag(r) scales: Re z and Im z share theirs."""
@@ -112,14 +112,6 @@ class ColumnLayout:
             return values
         real, modulus, imaginary = values.chunk(3)
         return torch.cat([real + imaginary, modulus, real + imaginary])
-
-    def features_of(self, columns):
-        """Maps of the columns, (B, M, N, width), -> the canonical features (B, D, M, N)."""
-        columns, places = columns.movedim(-1, 1), self.places(columns.device)
-        if not self.skip:
-            return columns[:, places]
-        real, modulus, imaginary = (block[:, places] for block in columns.chunk(3, 1))
-        return torch.cat([torch.complex(real, imaginary), modulus.to(torch.cfloat)], 1)
 
     def fold(self, weight, scale):
         """W (C', D) in canonical order -> the real matrices of W diag(r), giving consecutive columns of y; scale: r.

@@ -85,12 +85,12 @@ class ScatteringNetwork(rainbow.Architecture):
             if block.P not in waiting:
                 x = block.forward_planar(x)
                 continue
-            columns = block.columns_of(x)
+            columns = block.fused.columns_of(x)
             norm = None if block.std is None else Norm.of(block.std)
             receive(waiting.pop(block.P), samples_of_columns(block, columns), norm, False)
             if not waiting:
                 return True
-            x = block.forward_from(columns, x)
+            x = block.fused.forward_from(columns, x, block.P.weight, block.std)
         ((module, k),) = waiting.items()
         x = input_of(module, lambda: network.classifier(from_planar(x, 2 if block.out.complex else 1)))
         receive(k, Samples.of(layers[k].samples(x, patches)), None, True)
@@ -143,7 +143,7 @@ class BlockStep(Step):
     def samples_of(self, module, env, layer):
         if not self.planar or module is not (self.holder.std or self.holder.P):
             return super().samples_of(module, env, layer)
-        return samples_of_columns(self.holder, self.holder.columns_of(env[self.inputs[0]]))
+        return samples_of_columns(self.holder, self.holder.fused.columns_of(env[self.inputs[0]]))
 
 
 class ClassifierStep(Step):
@@ -162,5 +162,5 @@ class ClassifierStep(Step):
 
 def samples_of_columns(block, columns):
     """Samples of the features of a block before `Std`, as it computes with them."""
-    (real, real_order), (imaginary, imaginary_order) = block.parts_of(columns)
+    (real, real_order), (imaginary, imaginary_order) = block.fused.layout.parts_of(columns)
     return Samples(real, imaginary, real_order, imaginary_order)

@@ -26,7 +26,7 @@ _FEW_CHANNELS = 32  # measured: with fewer, images go through side by side, as c
 class _Group:
     """Filters computed together: which (φ is number n), and the matrices along the rows, then along the columns."""
 
-    filters: range
+    filters: list
     rows: np.ndarray | None  # (M'·R, M); None in a dense transform
     columns: np.ndarray  # (N'·planes, R·N·parts), or (M'·N'·planes, M·N·parts) in a dense transform
 
@@ -93,7 +93,7 @@ def _separable_group(filters, kernels, axes, parts, phi_parts):
     columns = (columns[:, :rank] * scales[:rank]).reshape(len(filters), 2, -1, rank)
     columns = (columns[:, 0] + 1j * columns[:, 1]).swapaxes(1, 2)  # (filters, R, Q)
     maps = axes[1].matrix(columns).swapaxes(1, 2)  # (filters, N', R, N)
-    return _Group(_as_range(filters), row_maps.reshape(-1, axes[0].size), _group_matrix(maps, parts, phi_parts))
+    return _Group(filters, row_maps.reshape(-1, axes[0].size), _group_matrix(maps, parts, phi_parts))
 
 
 def _dense_group(filters, kernels, axes, parts, phi_parts):
@@ -102,13 +102,13 @@ def _dense_group(filters, kernels, axes, parts, phi_parts):
     maps = axes[0].matrix(np.moveaxis(columns, 1, 3)).transpose(0, 3, 1, 4, 2)  # (filters, M', N', M, N)
     positions = maps.shape[1] * maps.shape[2]
     maps = maps.reshape(len(maps), positions, 1, -1)  # (filters, M'·N', 1, M·N)
-    return _Group(_as_range(filters), None, _group_matrix(maps, parts, phi_parts))
+    return _Group(filters, None, _group_matrix(maps, parts, phi_parts))
 
 
-def _as_range(filters):
-    """One filter, two, or all in a row, as a range."""
+def _place(filters):
+    """Where in [φ, ψ] one filter of ψ is, or two, or all in a row, as a slice."""
     step = filters[1] - filters[0] if len(filters) > 1 else 1
-    return range(filters[0], filters[-1] + 1, step)
+    return slice(filters[0] + 1, filters[-1] + 2, step)
 
 
 def _reach(kernels):
@@ -119,27 +119,24 @@ def _reach(kernels):
     return int(max(offsets[0][significant.any(1)].max(), offsets[1][significant.any(0)].max()))
 
 
-def _window(shape, subsample):
-    """Outputs to a side of the windows a large image is cut into; None for a small image."""
+def _window(shape, subsample, kernels):
+    """The axis of the windows that a large image is cut into; None if it is small or cannot be cut."""
     outputs = [output_size(size, subsample) for size in shape]
-    if min(shape) < _LARGE_IMAGE:
+    length = next((size for size in _WINDOWS if all(output % size == 0 for output in outputs)), None)
+    if min(shape) < _LARGE_IMAGE or length is None:
         return None
-    return next((size for size in _WINDOWS if all(output % size == 0 for output in outputs)), None)
+    axis = _Axis.window(length, subsample, _reach(kernels))
+    return axis if axis.size <= min(kernels.shape[1:]) else None
 
 
 @cache
 def _plan(bank_bytes, bank_shape, shape, subsample, parts, phi_parts):
-    """How to transform images of `shape` cheaply: outputs to a window's side (or None), axes, groups (φ's first)."""
+    """How to transform images of `shape` cheaply: whether in windows, their or the images' axes, groups (φ's first)."""
     bank = np.frombuffer(bank_bytes, np.float32).reshape(bank_shape)
     kernels = np.fft.ifft2(bank.astype(np.float64))  # (n + 1, P, Q) filters in space
     phi = len(kernels) - 1
-    window = _window(shape, subsample)
-    if window:
-        axes = [_Axis.window(window, subsample, _reach(kernels))] * 2
-        if axes[0].size > min(bank_shape[1:]):
-            window = None
-    if not window:
-        axes = [_Axis.whole(size, subsample) for size in shape]
+    window = _window(shape, subsample, kernels)
+    axes = [window] * 2 if window else [_Axis.whole(size, subsample) for size in shape]
     arguments = (kernels, axes, parts)
     groups = [_separable_group([phi], *arguments, phi_parts)]
     groups += [_separable_group(group, *arguments, 2) for group in _mirrored_groups(kernels[:phi])]
@@ -148,7 +145,7 @@ def _plan(bank_bytes, bank_shape, shape, subsample, parts, phi_parts):
     dense = rows * columns * (phi_parts + 2 * phi) * axes[0].size * axes[1].size * parts
     if not window and dense < _SEPARABLE_OVERHEAD * separable:
         groups = [_dense_group([phi], *arguments, phi_parts), _dense_group(range(phi), *arguments, 2)]
-    return window, axes, groups
+    return window is not None, axes, groups
 
 
 class WaveletMaps(nn.Module):
@@ -160,30 +157,30 @@ class WaveletMaps(nn.Module):
         subsample: whether the output is subsampled by 2.
         parts: 1 for real images, 2 for complex ones.
         phi_parts: parts of φ wanted; 2 also for the zero imaginary part of a real φ.
+
+    `places`: where in [φ, ψ] the filters of each group are; `planes`: real planes of a channel's coefficients.
     """
 
     def __init__(self, bank, shape, subsample, parts, phi_parts):
         super().__init__()
-        window, axes, groups = _plan(bank.tobytes(), bank.shape, shape, subsample, parts, phi_parts)
-        self.parts = parts
+        in_windows, axes, groups = _plan(bank.tobytes(), bank.shape, shape, subsample, parts, phi_parts)
+        self.parts, self.windows = parts, None
         self.out_shape = tuple(len(axis.outputs) for axis in axes)
-        self.windows = None
-        if window:
-            self.windows = tuple(output_size(size, subsample) // window for size in shape)
+        if in_windows:
+            self.windows = tuple(output_size(size, subsample) // length for size, length in zip(shape, self.out_shape))
             for name, size in zip(("window_rows", "window_columns"), shape, strict=True):
                 self.register_buffer(name, _window_sources(size, subsample, axes[0]), persistent=False)
-        self.filters = [group.filters for group in groups]
-        self.slices = [slice(0, 1)] + [slice(f.start + 1, f.stop + 1, f.step) for f in self.filters[1:]]
-        self.group_parts = [phi_parts] + [2] * (len(groups) - 1)
+        self.places = [slice(0, 1)] + [_place(group.filters) for group in groups[1:]]
+        self.shapes = [(2 if index else phi_parts, len(group.filters)) for index, group in enumerate(groups)]
+        self.planes = sum(parts * filters for parts, filters in self.shapes)
         for index, group in enumerate(groups):
             self._register(f"rows_{index}", group.rows)
             self._register(f"columns_{index}", group.columns)
 
     def _register(self, name, matrix):
         forward = None if matrix is None else torch.from_numpy(matrix.astype(np.float32))
-        backward = None if matrix is None else forward.t().contiguous()
         self.register_buffer(name, forward, persistent=False)
-        self.register_buffer(f"{name}_adjoint", backward, persistent=False)
+        self.register_buffer(f"{name}_adjoint", None if matrix is None else forward.t().contiguous(), persistent=False)
 
     def split(self, x):
         """Cut large images (B, M, N, p·C) into overlapping windows (B·windows, m, n, p·C); differentiable."""
@@ -202,10 +199,6 @@ class WaveletMaps(nn.Module):
         y = y.unflatten(0, (-1, high, wide)).transpose(2, 3)  # (B, high, m', wide, n', C)
         return y.flatten(3, 4).flatten(1, 2)
 
-    def planes(self):
-        """Number of real planes the transform gives for each channel."""
-        return sum(parts * len(filters) for parts, filters in zip(self.group_parts, self.filters, strict=True))
-
     def forward(self, x):
         """x (b, M, N, p·C) -> for each group z (b·M'·N', parts, filters, C)."""
         b, m, n, pc = x.shape
@@ -222,13 +215,13 @@ class WaveletMaps(nn.Module):
         b, m, n, pc = x.shape
         c = pc // self.parts
         coefficients = []
-        for index, (parts, filters) in enumerate(zip(self.group_parts, self.filters, strict=True)):
+        for index, shape in enumerate(self.shapes):
             rows, mapped = getattr(self, f"rows_{index}"), x.view(b, m, n * pc)
             if rows is not None:
                 mapped = torch.bmm(rows.expand(b, -1, -1), mapped)  # (b, M'·R, N·p·C)
             batch = b if rows is None else b * self.out_shape[0]
             z = times_batch(getattr(self, f"columns_{index}"), mapped.view(batch, -1, c))
-            coefficients.append(z.view(-1, parts, len(filters), c))
+            coefficients.append(z.view(-1, *shape, c))
         return coefficients
 
     def adjoint(self, gradients, out):

@@ -291,8 +291,9 @@ def test_a_blocks_columns_are_its_features():
         with torch.no_grad():
             features = Samples.of(block.features(x).movedim(1, -1).flatten(0, 2))
         planar = x.movedim(1, -1).contiguous()
-        (real, real_order), (imaginary, imaginary_order) = block.parts_of(block.columns_of(planar))
-        torch.testing.assert_close(block.forward_from(block.columns_of(planar), planar), block.forward_planar(planar))
+        (real, real_order), (imaginary, imaginary_order) = block.fused.layout.parts_of(block.fused.columns_of(planar))
+        ours = block.fused.forward_from(block.fused.columns_of(planar), planar, block.P.weight, block.std)
+        torch.testing.assert_close(ours, block.forward_planar(planar))
         columns = Samples(real, imaginary, real_order, imaginary_order)
         products, sums = (ProductSum(), ProductSum()), (ChannelSums(), ChannelSums())
         for product, channel_sums, samples in zip(products, sums, (features, columns)):
