@@ -8,6 +8,28 @@ from models.names import NON_LINEARITIES, STANDARD_NON_LINEARITIES, check_choice
 _TINY = 1e-6
 
 
+def _squash(t):
+    return t / (1 + t)
+
+
+_MODULI = {  # |ρ(z)| of r = |z|, a bias b and a gain g
+    "mc": lambda r, b, g: 1.0,
+    "ms": lambda r, b, g: torch.sigmoid(g * r + b),
+    "tanh": lambda r, b, g: torch.tanh(g * r),
+    "pow": lambda r, b, g: _squash(torch.exp(b) * r**g),
+}
+_STANDARD = {  # ρ(x) of a real x
+    "relu": lambda x, b, g: x.relu(),
+    "abs": lambda x, b, g: x.abs(),
+    "absdead": lambda x, b, g: (x.abs() - b).relu(),  # with a dead zone
+    "thresh": lambda x, b, g: x.sign() * (x.abs() - b).relu(),  # the soft threshold
+    "tanh": lambda x, b, g: torch.tanh(g * x + b),
+    "sigmoid": lambda x, b, g: torch.sigmoid(g * x + b),
+    "pow": lambda x, b, g: x.sign() * _squash(b.exp() * (x.abs() + _TINY) ** g),
+    "powfixed": lambda x, b, g: x.sign() * _squash(b.exp() * (x.abs() + _TINY)),
+}
+
+
 class NonLinearity(nn.Module):
     """Applies one of NON_LINEARITIES to (B, C, M, N); `mod` and `abs` give a real output, the others the input's type.
 
@@ -51,28 +73,17 @@ class NonLinearity(nn.Module):
         modulus = z.abs()
         if self.name == "cst":
             return torch.relu(1 - self.bias / (modulus + _TINY)) * z
-        return self._new_modulus(modulus) / (modulus + _TINY) * z
-
-    def _new_modulus(self, modulus):
-        if self.name == "mc":
-            return 1.0
-        if self.name == "ms":
-            return torch.sigmoid(self.gain * modulus + self.bias)
-        if self.name == "tanh":
-            return torch.tanh(self.gain * modulus)
-        power = torch.exp(self.bias) * modulus**self.gain
-        return power / (1 + power)
+        return _MODULI[self.name](modulus, self.bias, self.gain) / (modulus + _TINY) * z
 
     def extra_repr(self):
         return self.name
 
 
 class StandardNonLinearity(nn.Module):
-    """Pointwise function of real (B, C, M, N) or (B, C), with the gain g and bias b it has, learned per channel.
+    """One of STANDARD_NON_LINEARITIES on real (B, C, M, N) or (B, C).
 
-    relu: max(x, 0); abs: |x|; absdead: max(|x| − b, 0), abs with a dead zone; thresh: sign(x) max(|x| − b, 0), the
-    soft threshold; tanh: tanh(g x + b); sigmoid: 1 / (1 + exp(−g x − b)); pow: sign(x) t / (1 + t) with
-    t = e^b |x|^g; powfixed: pow with g = 1. They start at g = 1, b = 0. Raises ValueError for an unknown name.
+    The gain g and bias b that it has are learned per channel and start at 1 and 0. Raises ValueError for an unknown
+    name.
     """
 
     def __init__(self, name: str, channels: int):
@@ -83,23 +94,9 @@ class StandardNonLinearity(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if "b" in STANDARD_NON_LINEARITIES[name] else None
 
     def forward(self, x):
-        if self.name == "relu":
-            return x.relu()
-        if self.name == "abs":
-            return x.abs()
-        shape = (-1,) + (1,) * (x.dim() - 2)
-        bias = self.bias.view(shape)  # (C, 1, 1) or (C,)
-        gain = 1.0 if self.gain is None else self.gain.view(shape)
-        if self.name == "absdead":
-            return (x.abs() - bias).relu()
-        if self.name == "thresh":
-            return x.sign() * (x.abs() - bias).relu()
-        if self.name == "tanh":
-            return torch.tanh(gain * x + bias)
-        if self.name == "sigmoid":
-            return torch.sigmoid(gain * x + bias)
-        power = bias.exp() * (x.abs() + _TINY) ** gain
-        return x.sign() * power / (1 + power)
+        numbers = self.bias, self.gain
+        shaped = (n if n is None else n.view((-1,) + (1,) * (x.dim() - 2)) for n in numbers)  # (C, 1, 1) or (C,)
+        return _STANDARD[self.name](x, *shaped)
 
     def extra_repr(self):
         return self.name

@@ -36,17 +36,15 @@ class ScatNet(nn.Module):
     def __init__(self, config: ScatNetConfig):
         super().__init__()
         self.config = config
-        self.regularization, self.beta = config.regularization, config.beta
         signal = config.input
         self.mix = MixInput(signal, config.yuv) if config.mix_input or config.yuv else nn.Identity()
         self.blocks = nn.ModuleList()
         for index, block_config in enumerate(config.blocks, start=1):
             try:
-                block = Block(signal, block_config)
+                self.blocks.append(Block(signal, block_config))
             except ValueError as error:
                 raise ValueError(f"block {index} of {len(config.blocks)}: {error}") from None
-            self.blocks.append(block)
-            signal = block.out
+            signal = self.blocks[-1].out
         self.classifier = Classifier(
             signal, config.num_classes, config.classifier_batch_norm, config.classifier_bias, config.average_pooling
         )
@@ -68,7 +66,7 @@ class ScatNet(nn.Module):
 
     def parameter_groups(self, weight_decay):
         """Parameters for an optimiser: regularised projections have no weight decay."""
-        free = {id(p.weight) for p in self.projections()} if self.regularization else set()
+        free = {id(p.weight) for p in self.projections()} if self.config.regularization else set()
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if id(p) not in free], "weight_decay": weight_decay},
@@ -78,11 +76,8 @@ class ScatNet(nn.Module):
 
     def after_step(self):
         """What follows every optimiser step: the chosen regularisation of the learned projections."""
-        if self.regularization is None:
+        if self.config.regularization is None:
             return
         for projection in self.projections():
             if projection.weight.requires_grad:
-                if self.regularization == "parseval":
-                    projection.parseval_step(self.beta)
-                else:
-                    projection.quadrature_step(self.beta)
+                getattr(projection, f"{self.config.regularization}_step")(self.config.beta)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from models.standardization import SharedBatchNorm2d, Standardization
 @pytest.fixture
 def two_ranks(monkeypatch):
     """`two_ranks(function)` gives [function(0), function(1)], run by two threads that are each other's ranks."""
-    barrier, sent, rank = threading.Barrier(2, timeout=60), {}, threading.local()
+    barrier, sent, rank = threading.Barrier(2, timeout=20), {}, threading.local()
 
     def all_reduce(tensor):
         sent[rank.number] = tensor.clone()
@@ -24,28 +25,15 @@ def two_ranks(monkeypatch):
         barrier.wait()
         tensor.copy_(total)
 
-    def run(function):
-        results = {}
-
-        def target(number):
-            rank.number = number
-            try:
-                results[number] = function(number)
-            except BaseException:
-                barrier.abort()
-                raise
-
-        threads = [threading.Thread(target=target, args=(number,)) for number in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [results[number] for number in (0, 1)]
+    def run(number, function):
+        rank.number = number
+        return function(number)
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    return run
+    with ThreadPoolExecutor(2) as pool:
+        yield lambda function: list(pool.map(run, (0, 1), (function, function)))
 
 
 def outputs_and_gradient(module, x, gradient, autocast=False):
