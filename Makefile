@@ -22,7 +22,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 soak: $(READY)
-	$(BIN)/python -m soak
+	$(BIN)/python -m pytest -m soak -n 2 tests/soak
 
 oldest:
 	$(PYTHON) -m venv .venv-oldest

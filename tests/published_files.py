@@ -3,6 +3,7 @@
 Each function returns (training images, labels), (test images, labels) as arrays (n, M, N, C) and (n,).
 """
 
+import os
 import pickle
 import pickletools
 import struct
@@ -21,6 +22,16 @@ def random_images(count, size, channels=3, seed=0):
 def to_rows(images):
     """(n, S, S, 3) -> (n, 3·S·S), colour planes one after the other, as CIFAR and ImageNet32 store them."""
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
+
+
+class Hostile:
+    """Makes the folder `path` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def python2_pickle(content):

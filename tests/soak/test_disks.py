@@ -1,0 +1,58 @@
+"""Disks: writes that fail, and checkpoints that are no longer what was written."""
+
+import itertools
+import os
+import random
+import re
+from functools import partial
+
+import pytest
+
+from tests.soak.programs import COMMANDS, assert_readable, assert_same, copy, fill_disk, run, training
+
+FEW = {"main_block.py": ["--epochs", "2"], "resample.py": ["--num-repeats", "2"], "run_exps.py": []}
+STEPS = {"run_exps.py": 9}  # which writes a lot
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_write_may_fail(script, trained, tmp_path, record_property):
+    """A program whose Nth write fails, for all N: it names the file, leaves all others whole, and resumes."""
+    start = trained if script == "resample.py" else tmp_path / "empty"
+    start.mkdir(exist_ok=True)
+    whole, root, step = copy(start, tmp_path / "whole"), tmp_path / "run", STEPS.get(script, 1)
+    run([*COMMANDS[script](whole), *FEW[script]])
+    for count in itertools.count():
+        command = [*COMMANDS[script](copy(start, root)), *FEW[script]]
+        failed = run(command, 0, 1, 2, 4, setup=partial(fill_disk, 1 + count * step, root))
+        full = re.search(r"full_disk: (.*)", failed.output)
+        if full is None:
+            assert failed.status == 0 and count > 3
+            break
+        judge(failed, script, root, os.path.basename(full[1]))
+        assert_readable(root)
+        run(command)
+        assert_same(root, whole)
+    record_property(f"writes of {script} failed, its next run ended in the same bits", count)
+
+
+def judge(failed, script, root, file):
+    """The program should have failed for the file that could not be written."""
+    name = re.match(r"\.?(\w+)", file)[1]
+    name = {"probe": "lock", "previous": "last"}.get(name, name)  # what is tried out, or moved out of the way, for it
+    where, line, statuses = f"could not write {root}", failed.last_line, (2, 4)
+    if script == "run_exps.py":
+        where, line, name, statuses = "could not be", failed.output, "", (1,)
+    is_named = where in line and f"/{name}" in line and "Traceback" not in failed.output
+    assert failed.status in statuses and is_named, failed.output
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(seed, trained, tmp_path, record_property):
+    root = copy(trained, tmp_path / "root")
+    last = root / "run" / "last.pt"
+    data = last.read_bytes()
+    place = random.Random(seed).randrange(len(data))
+    last.write_bytes(data[:place] + (data[place + 100 :] if seed % 2 else b""))
+    assert "WARNING" in run(training(root)).output
+    assert_same(root, trained)
+    record_property("damaged checkpoints noticed, the run ended in the same bits", 1)
