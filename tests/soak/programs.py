@@ -102,11 +102,10 @@ def _become(command, writer, setup):
 
 def _children(pid):
     """Process numbers of a process's children and theirs (Linux)."""
-    try:
-        own = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return own + [child for parent in own for child in _children(parent)]
+    with contextlib.suppress(OSError):
+        tasks = "".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children"))
+        return [each for child in map(int, tasks.split()) for each in (child, *_children(child))]
+    return []
 
 
 def run(command, *statuses, setup=None):

@@ -54,28 +54,18 @@ def shares(size, batch_size, *, shuffle=False, seed=0, epoch=0, start_step=0, ra
 class Loader:
     """Batches ((B, C, M, N) float32 in channels-last memory, (B,) int64) on `device`, made by `images` from `steps`.
 
-    `batch_size` counts the images of all ranks together; `share` is shuffle, start_step, rank, world_size of `shares`.
+    `batch_size` counts the images of all ranks together; `part` is shuffle, start_step, rank, world_size of `shares`.
     Image files are read by `workers` processes (0: by this one); an unreadable one raises UserError with its path or,
     if `bad_images` is "skip", is left out of its batch (which may become empty) and named once in the log.
     """
 
     def __init__(
-        self,
-        images,
-        batch_size,
-        *,
-        augment=False,
-        seed=0,
-        epoch=0,
-        device="cpu",
-        workers=0,
-        bad_images="error",
-        **share,
+        self, images, batch_size, *, augment=False, seed=0, epoch=0, device="cpu", workers=0, bad_images="error", **part
     ):
         if bad_images not in BAD_IMAGES:
             raise UserError(f"bad images: choose among {', '.join(BAD_IMAGES)}, not {bad_images!r}")
         self.images, self.workers, self.skip = images, workers, bad_images == "skip"
-        self.steps = shares(len(images), batch_size, seed=seed, epoch=epoch, **share)
+        self.steps = shares(len(images), batch_size, seed=seed, epoch=epoch, **part)
         self.key = (seed, epoch, _AUGMENTATION) if augment else None  # of the random numbers of augmentation
         self.device = torch.device(device)
 

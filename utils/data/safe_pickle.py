@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 _NUMBERS = re.compile(r"[<>|=]?[buif][1248]")
 
@@ -32,8 +32,7 @@ def read_pickle(path):
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # whatever bytes that are not a pickle lead to
-        message = error or type(error).__name__
-        raise UserError(f"{path}: damaged or not a pickle ({message}); download it again") from None
+        raise UserError(f"{path}: damaged or not a pickle ({first_line(error)}); download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of a dictionary")
     return {_text(key): value.array if isinstance(value, _Array) else value for key, value in content.items()}
