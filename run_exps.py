@@ -15,7 +15,6 @@ from pathlib import Path
 
 from utils.errors import UserError, did_you_mean, run_main
 from utils.experiments import cluster, processes, registry, runner, status
-from utils.runs import options
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -54,14 +53,10 @@ def _add_running_options(how):
 
 
 def select(args):
-    """The experiments that the command line asks for, under their names here or in the registry.
-
-    Raises UserError if it names what does not exist.
-    """
+    """The experiments that the command line asks for. Raises UserError if it names what does not exist."""
     listed = all_experiments(args)
-    names = [(here.name, there.name) for here, there in zip(listed, registry.experiments(args.scale))]
-    every = [name for pair in names for name in pair]
-    known = {"only": registry.groups(args.scale), "figure": registry.figures(args.scale), "name": every}
+    names = [experiment.name for experiment in listed]
+    known = {"only": registry.groups(args.scale), "figure": registry.figures(args.scale), "name": names}
     for flag, values in known.items():
         for value in getattr(args, flag) or ():
             if value not in values:
@@ -73,11 +68,11 @@ def select(args):
         raise UserError(f"--match {args.match}: not a regular expression ({error})") from error
     chosen = [
         experiment
-        for experiment, own in zip(listed, names)
+        for experiment in listed
         if (not args.only or experiment.group in args.only)
         and (not args.figure or set(args.figure) & set(experiment.figures))
-        and (not args.name or set(args.name) & set(own))
-        and any(map(pattern.search, own))
+        and (not args.name or experiment.name in args.name)
+        and pattern.search(experiment.name)
     ]
     if not chosen:
         raise UserError("no experiment meets all of these conditions; --print without conditions lists them")
@@ -95,7 +90,8 @@ def all_experiments(args):
         raise UserError(f"--epochs {args.epochs}: should be a whole number")
     if overrides:
         listed = [registry.trial(experiment, overrides) for experiment in listed]
-    if task := options.array_task():
+    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    if task.isdigit():
         listed = [registry.with_init(experiment, int(task)) for experiment in listed]
     return listed
 

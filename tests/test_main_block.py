@@ -1,7 +1,6 @@
 """The program as it is run: exit statuses, one-line errors, nothing left behind, kills, and several processes."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -9,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 import main_block
 from tests.conftest import ROOT
 from tests.golden_data import golden
+from tests.soak.programs import SERVER, Program, wait_for
 from tests.training_runs import command, is_same, train, without_times
 from utils import device
 from utils.errors import UserError, run_main
@@ -48,59 +49,48 @@ def status_of(argv):
 # Mistakes
 
 
-def truncated(path):
-    os.truncate(path, os.path.getsize(path) // 2)
-
-
 @pytest.mark.parametrize(
     "network, more, says",
     [
-        ("norm", ["-a", "Fw Std Prr"], "did you mean 'Pr'"),
-        ("norm", ["--n-blocks", "9", "--Pr-size", "4"], "too small"),
-        ("norm", ["--Pr-size", "4", "8", "16"], "3 values for 2 blocks"),
-        ("norm", ["--Pr-size", "0"], "0 is not a positive integer"),
-        ("norm", ["-a", "mod Fw Std Pr"], "input is real"),
-        ("norm", ["--resume", "missing.pt"], "missing.pt: no such checkpoint"),
-        ("norm", ["--resume", "foreign.pt"], "no state_dict"),
-        ("norm", ["--resume", "truncated.pt"], "truncated.pt: damaged"),
-        ("norm", ["--resume", "other.pt", "--restart"], "other.pt: weights of another network"),
-        ("norm", ["--dir", "../x"], "must stay inside checkpoints"),
-        ("norm", ["--dir", "file/x"], "file/x: cannot be written"),
-        ("norm", ["--device", "cuda"], "no usable CUDA GPU"),
-        ("norm", ["--device", "tpu"], "--device tpu"),
-        ("norm", ["--tf32"], "--tf32"),
-        ("norm", ["--dataset", "mnist"], "not allowed with"),
-        ("norm", ["--evaluate", "--dir", "nothing"], "no such checkpoint"),
-        ("vgg", ["--arch", "resnet17-custom"], "resnet17-custom"),
+        ("norm", "-a Prr", "did you mean 'Pr'"),
+        ("norm", "--n-blocks 9 --Pr-size 4", "too small"),
+        ("norm", "--Pr-size 4 8 16", "3 values for 2 blocks"),
+        ("norm", "--Pr-size 0", "0 is not a positive integer"),
+        ("complex", "--scat-non-linearity relu", "input is complex"),
+        ("norm", "--resume missing.pt", "missing.pt: no such checkpoint"),
+        ("norm", "--resume foreign.pt", "no state_dict"),
+        ("norm", "--resume truncated.pt", "truncated.pt: damaged"),
+        ("norm", "--resume other.pt --restart", "other.pt: weights of another network"),
+        ("norm", "--dir ../x", "must stay inside checkpoints"),
+        ("norm", "--dir file/x", "file/x: cannot be written"),
+        ("norm", "--device cuda", "no usable CUDA GPU"),
+        ("norm", "--device tpu", "--device tpu"),
+        ("norm", "--tf32", "--tf32 requires a CUDA GPU"),
+        ("norm", "--dataset mnist", "not allowed with"),
+        ("norm", "--evaluate --dir nothing", "no such checkpoint"),
+        ("vgg", "--arch resnet17-custom", "resnet17-custom"),
     ],
 )
 def test_every_mistake_is_one_line_and_leaves_nothing(capsys, monkeypatch, network, more, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
-    torch.save({"state_dict": {"a": torch.zeros(1000)}, "epoch": 1}, "other.pt")
-    torch.save({"state_dict": {"a": torch.zeros(1000)}, "epoch": 1}, "truncated.pt")
-    truncated("truncated.pt")
+    for file in ("other.pt", "truncated.pt"):
+        torch.save({"state_dict": {"a": torch.zeros(1000)}, "epoch": 1}, file)
+    os.truncate("truncated.pt", 2000)
     Path("checkpoints").mkdir()
     Path("checkpoints/file").touch()
     before = sorted(Path().rglob("*"))
-    assert status_of(command(network, "run", *more)) == 2
+    assert status_of(command(network, "run", *more.split())) == 2
     captured = capsys.readouterr()
     assert says in captured.err and captured.err.count("\n") == 1 and "error: " in captured.err
     assert sorted(Path().rglob("*")) == before
 
 
 def test_mistakes_at_the_command_line_have_no_usage_dump():
-    ended = subprocess.run(
-        [sys.executable, ROOT / "main_block.py", "--digits", "-a", "Fw", "--lr", "fast"],
-        capture_output=True,
-        text=True,
-        env=ONE_THREAD,
-    )
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr == (
-        "main_block.py: error: argument --lr/--learning-rate: 'fast' is not a number of at least "
-        "0 (--help lists all options)\n"
-    )
+    argv = [sys.executable, ROOT / "main_block.py", *"--digits -a Fw --lr fast".split()]
+    ended = subprocess.run(argv, capture_output=True, text=True, env=ONE_THREAD)
+    problem = "argument --lr/--learning-rate: 'fast' is not a number of at least 0 (--help lists all options)"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"main_block.py: error: {problem}\n")
 
 
 def test_devices_are_picked_by_name(monkeypatch):
@@ -132,8 +122,8 @@ def test_a_folder_is_not_lost_to_another_run():
     with pytest.raises(UserError, match="holds a run with lr = 0.05, now 0.01: use --overwrite"):
         train("norm", "run", "--epochs", "1", "--lr", "0.01")
     assert is_same(load("checkpoints/run/last.pt"), first)
-    anew = train("norm", "run", "--epochs", "1", "--lr", "0.01", "--overwrite")
-    assert not is_same(anew, first) and len(anew["history"]) == 2
+    other = train("norm", "run", "--epochs", "1", "--lr", "0.01", "--overwrite")
+    assert not is_same(other, first) and len(other["history"]) == 2
 
 
 def test_two_at_once_are_one_too_many(capsys):
@@ -149,23 +139,22 @@ def test_a_checkpoint_of_an_epoch_starts_another_run():
     half = train("norm", "half", "--resume", "checkpoints/whole/epoch_2.pt")
     assert [row["epoch"] for row in half["history"]] == [2, 3]
     assert half["history"][0]["val_loss"] == whole["history"][2]["val_loss"]
-    anew = train("norm", "anew", "--resume", "whole", "--restart")
-    assert [row["epoch"] for row in anew["history"]] == [0, 1, 2, 3]
-    assert anew["history"][0]["val_loss"] == whole["history"][3]["val_loss"]
+    restarted = train("norm", "restarted", "--resume", "whole", "--restart")
+    assert [row["epoch"] for row in restarted["history"]] == [0, 1, 2, 3]
+    assert restarted["history"][0]["val_loss"] == whole["history"][3]["val_loss"]
     with pytest.raises(UserError, match="nothing is left of --epochs 3"):
         train("norm", "more", "--resume", "whole")
 
 
-def test_retraining_the_classifier_goes_on_exactly():
-    train("norm", "trained", "--epochs", "1")
+def test_retraining_the_classifier_resumes_exactly():
+    trained = train("norm", "trained", "--epochs", "1")
     start = ["--resume", "trained/last.pt", "--restart"]
     whole = train("frozen", "whole", *start)
     train("frozen", "run", *start, "--epochs", "1")
+    train("frozen", "run", "--resume", "checkpoints/run/last.pt", "--epochs", "2")  # its own: the run it was before
     assert is_same(train("frozen", "run", *start), whole)
-    assert torch.equal(
-        whole["state_dict"]["blocks.1.body.Pr.weight"],
-        load("checkpoints/trained/last.pt")["state_dict"]["blocks.1.body.Pr.weight"],
-    )
+    weight = "blocks.1.body.Pr.weight"
+    assert torch.equal(whole["state_dict"][weight], trained["state_dict"][weight])
 
 
 def test_evaluation_prints_what_training_measured(capsys):
@@ -195,65 +184,45 @@ def test_checkpoints_of_the_original_are_evaluated_on_images_of_their_kind(capsy
 
 @pytest.fixture(scope="module")
 def started():
-    """`with started(argv, …) as process:` is the program in a fork of a process that has imported it already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "sklearn.datasets"])
-
-    @contextlib.contextmanager
-    def start(argv, environ=None, log="log"):
-        process = context.Process(target=run_as_program, args=(argv, os.getcwd(), environ or {}, log))
-        process.start()
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.join()
-
+    """`with started(argv, environ) as program:` is the program at work in the working directory, with one thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        context.Process(target=time.sleep, args=(0,)).start()  # the server starts in this environment
-    return start
+        patch.setenv("PYTHONPATH", str(ROOT))
+        SERVER.Process(target=time.sleep, args=(0,)).start()  # the server starts in this environment
+    return lambda argv, **environ: Program([ROOT / "main_block.py", *argv], partial(place, os.getcwd(), environ))
 
 
-def run_as_program(argv, folder, environ, log):
+def place(folder, environ):
     os.chdir(folder)
     os.environ.update(environ)
     torch.set_num_threads(1)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    run_main(main_block.main, argv)
 
 
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(started):
     began = time.monotonic()
-    with started(command("norm", "whole", "--epochs", "8")) as process:
-        process.join()
+    with started(command("norm", "whole", "--epochs", "8")) as program:
+        program.wait()
     whole, seconds = load("checkpoints/whole/last.pt"), time.monotonic() - began
     moments = random.Random(0)
     for _ in range(8):
-        with started(command("norm", "run", "--epochs", "8")) as process:
-            process.join(moments.uniform(0, seconds))
+        with started(command("norm", "run", "--epochs", "8")) as program:
+            program.wait(moments.uniform(0, seconds))
         for file in RunFolder("checkpoints", "run").path.glob("*.pt"):
             load(file)
-    with started(command("norm", "run", "--epochs", "8")) as process:
-        process.join()
-    assert process.exitcode == 0
+    with started(command("norm", "run", "--epochs", "8")) as program:
+        assert program.wait() == 0
     assert is_same(load("checkpoints/run/last.pt"), whole)
     assert sorted(os.listdir("checkpoints/run")) == sorted(os.listdir("checkpoints/whole"))
 
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_program_with_a_checkpoint_one_line_and_its_status(started, signum, status):
-    with started(command("norm", "run", "--epochs", "10000")) as process:
-        while not Path("checkpoints/run/epoch_1.pt").exists():
-            time.sleep(0.01)
-        os.kill(process.pid, signum)
-        process.join(30)
-    assert process.exitcode == status
+    with started(command("norm", "run", "--epochs", "10000")) as program:
+        wait_for(Path("checkpoints/run/epoch_1.pt").exists)
+        os.kill(program.process.pid, signum)
+        assert program.wait(30) == status
     folder = RunFolder("checkpoints", "run")
     assert folder.status()["state"] == "stopped" and not (folder.path / "lock").exists()
-    assert Path("log").read_text().splitlines()[-1].endswith("state saved; rerun the same command to resume")
+    assert program.last_line.endswith("state saved; rerun the same command to resume")
 
 
 # Several processes
@@ -265,13 +234,9 @@ def run_ranks(started, size, argv):
         port = free.getsockname()[1]
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     with contextlib.ExitStack() as stack:
-        ranks = [
-            stack.enter_context(started(argv, {**environ, "RANK": str(r), "LOCAL_RANK": str(r)}, f"log{r}"))
-            for r in range(size)
-        ]
-        for process in ranks:
-            process.join(120)
-        assert [process.exitcode for process in ranks] == [0] * size, Path("log1").read_text()
+        ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size))
+        for program in [stack.enter_context(started(argv, **environ, **rank)) for rank in ranks]:
+            assert program.wait(120) == 0, program.output
 
 
 def losses(checkpoint):
@@ -286,7 +251,7 @@ def losses(checkpoint):
         ("vgg", ["--arch", "resnet18-custom", "--standard-width-scaling", "0.1", "--lr", "0.001", "--epochs", "1"]),
     ],
 )
-def test_two_processes_give_the_losses_of_one_and_go_on_as_another_number(started, network, more):
+def test_processes_give_the_losses_of_one_and_another_number_of_them_resumes(started, network, more):
     one = train(network, "one", *more)
     run_ranks(started, 2, command(network, "two", *more))
     two = load("checkpoints/two/last.pt")
@@ -303,13 +268,8 @@ def test_two_processes_give_the_losses_of_one_and_go_on_as_another_number(starte
 def test_torchrun_starts_it():
     one = train("norm", "one", "--epochs", "1")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launch, str(ROOT / "main_block.py"), *command("norm", "two", "--epochs", "1")],
-        capture_output=True,
-        text=True,
-        env=ONE_THREAD,
-        timeout=200,
-    )
+    argv = [*launch, str(ROOT / "main_block.py"), *command("norm", "two", "--epochs", "1")]
+    ended = subprocess.run(argv, capture_output=True, text=True, env=ONE_THREAD, timeout=200)
     assert ended.returncode == 0, ended.stderr
     assert losses(load("checkpoints/two/last.pt")) == pytest.approx(losses(one), rel=1e-4)
 

@@ -15,12 +15,14 @@ import torch
 import main_block
 import resample
 from rainbow.alignment import Alignment
+from rainbow.sampling import METHODS
 from tests.conftest import ROOT
 from utils.data.datasets import load_datasets
 from utils.errors import UserError
 from utils.runs.checkpoints import load, save
 from utils.runs.folder import RunFolder
 from utils.runs.networks import load_network
+from utils.runs.options import SAMPLING
 
 WIDTHS = (16, 32, 64, 64)
 RECIPE = (
@@ -30,9 +32,9 @@ RECIPE = (
 ).split()
 
 
-def train(root, name, widths, *more):
-    sizes = [] if widths is None else ["-a", "Fw Std Pr N", "--Pr-size", *map(str, widths)]
-    main_block.main([*RECIPE, *sizes, "--checkpoints", str(root), "--dir", name, *more])
+def train(root, name, widths, more=""):
+    sizes = ["-a", "Fw Std Pr N", "--Pr-size", *map(str, widths)] if widths else []
+    main_block.main([*RECIPE, *sizes, "--checkpoints", str(root), "--dir", name, *more.split()])
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +43,16 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     for scale in (0.5, 1, 2):
         train(root, f"width{scale}", [int(scale * width) for width in WIDTHS])
-    train(root, "other", [2 * width for width in WIDTHS], "--seed", "1")
+    train(root, "other", [2 * width for width in WIDTHS], "--seed 1")
     return root
 
 
+def arguments(root, experiment, *more):
+    return ["--experiment", experiment, "--checkpoints", str(root), "--device", "cpu", *map(str, more)]
+
+
 def run(root, experiment, *more):
-    argv = ["--experiment", experiment, "--checkpoints", str(root), "--device", "cpu", *map(str, more)]
-    assert resample.main(argv) == 0
+    assert resample.main(arguments(root, experiment, *more)) == 0
 
 
 def rows(folder):
@@ -62,14 +67,10 @@ def final(folder):
 
 
 def contents(folder):
-    """What a sample is: its files but for times and processes."""
-    return [
-        (folder / "accuracies.csv").read_bytes(),
-        *[
-            (path.name, sorted((key, value.tolist()) for key, value in load(path)["state_dict"].items()))
-            for path in sorted(folder.glob("checkpoint_repeat*.pt"))
-        ],
-    ]
+    """What samples are: their accuracies and weights."""
+    states = {path.name: load(path)["state_dict"] for path in sorted(folder.glob("checkpoint_repeat*.pt"))}
+    weights = [(name, key, value.tolist()) for name, state in states.items() for key, value in sorted(state.items())]
+    return (folder / "accuracies.csv").read_bytes(), weights
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def sampled(root):
     return root / "resamplings"
 
 
-# ---- what is written
+# What is written
 
 
 def test_a_sample_is_written_with_the_accuracy_after_every_layer(root, sampled):
@@ -94,23 +95,10 @@ def test_a_sample_is_written_with_the_accuracy_after_every_layer(root, sampled):
     assert not list(folder.glob(".*"))
 
 
-def test_a_sample_can_be_trained_on_its_classifier_alone(root, sampled, capsys):
+def test_a_sample_can_be_trained_on_its_classifier_alone(root, sampled):
     sample = sampled / "resample-width0.5" / "checkpoint_repeat0.pt"
-    train(
-        root,
-        "retrained",
-        [8, 16, 32, 32],
-        "--resume",
-        "resamplings/resample-width0.5/checkpoint_repeat0.pt",
-        "--restart",
-        "--freeze-P",
-        "1",
-        "1",
-        "1",
-        "1",
-        "--epochs",
-        "2",
-    )
+    resumed = "--resume resamplings/resample-width0.5/checkpoint_repeat0.pt --restart --freeze-P 1 1 1 1 --epochs 2"
+    train(root, "retrained", [8, 16, 32, 32], resumed)
     before, after = load(sample)["state_dict"], RunFolder(root, "retrained").checkpoint()["state_dict"]
     weights = [name for name in before if name.endswith("Pr.weight")]
     assert len(weights) == 4 and all(torch.equal(before[name], after[name]) for name in weights)
@@ -120,62 +108,56 @@ def test_a_sample_can_be_trained_on_its_classifier_alone(root, sampled, capsys):
     assert float(first["val_acc1"]) == float(rows(sample.parent)[4]["acc1"])
 
 
-def test_what_is_there_is_not_sampled_again(root, sampled, capsys):
+def test_existing_samples_are_kept(root, sampled, capsys):
     folder = sampled / "resample-width1"
     before, times = contents(folder), [path.stat().st_mtime_ns for path in folder.glob("*.pt")]
     run(root, "width1", "--num-repeats", 3)
     assert capsys.readouterr().out.count("exists already") == 3
-    assert contents(folder) == before and [path.stat().st_mtime_ns for path in folder.glob("*.pt")] == times
-
-
-def test_other_options_do_not_overwrite(root, sampled):
-    before = contents(sampled / "resample-width1")
     with pytest.raises(UserError, match="holds samples with seed = 0, now 1"):
         run(root, "width1", "--seed", 1)
-    assert contents(sampled / "resample-width1") == before
+    assert contents(folder) == before and [path.stat().st_mtime_ns for path in folder.glob("*.pt")] == times
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 
-def test_samples_of_a_network_that_was_trained_anew_are_stale(root):
-    folder = RunFolder(root, "copy")
+def altered(root, tmp_path, status=None, args=None, weights=None):
+    """A copy of a trained run with something else in it."""
+    folder = RunFolder(tmp_path, "altered")
     folder.create()
     for name in ("args.json", "status.json", "last.pt"):
         (folder.path / name).write_bytes((root / "width0.5" / name).read_bytes())
-    run(root, "copy")
-    first = contents(root / "resamplings" / "resample-copy")
     checkpoint = load(folder.file())
-    checkpoint["state_dict"]["blocks.3.body.Pr.weight"] *= 1.01  # `N` undoes it: no accuracy tells
+    if status:
+        path = folder.path / "status.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **status}))
+    if weights:
+        weights(checkpoint["state_dict"])
+    checkpoint["args"].update(args or {})
     save(folder.file(), checkpoint)
-    run(root, "copy")
-    assert contents(root / "resamplings" / "resample-copy") != first
 
 
-@pytest.mark.parametrize("moment", ["checkpoint", "rows"])
+def test_samples_of_a_retrained_network_are_stale(root, tmp_path):
+    altered(root, tmp_path)
+    run(tmp_path, "altered")
+    first = contents(tmp_path / "resamplings" / "resample-altered")
+    altered(root, tmp_path, weights=lambda w: w["blocks.3.body.Pr.weight"].mul_(1.01))  # `N` undoes it: same accuracy
+    run(tmp_path, "altered")
+    assert contents(tmp_path / "resamplings" / "resample-altered") != first
+
+
+@pytest.mark.parametrize("moment", ["save", "write_rows"])
 def test_an_interrupted_run_equals_an_uninterrupted_one(root, sampled, monkeypatch, moment):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(resample, "save" if moment == "checkpoint" else "write_rows", interrupted)
+        patch.setattr(resample, moment, interrupted)
         run(root, "width1", "--num-repeats", 3, "--dir", moment)
     run(root, "width1", "--num-repeats", 3, "--dir", moment)
     assert contents(root / moment) == contents(sampled / "resample-width1")
 
 
 def test_a_killed_process_leaves_what_the_next_one_finishes(root, sampled):
-    command = [
-        sys.executable,
-        "resample.py",
-        "--experiment",
-        "width1",
-        "--checkpoints",
-        root,
-        "--device",
-        "cpu",
-        "--num-repeats",
-        "3",
-        "--dir",
-        "killed",
-    ]
+    command = [sys.executable, "resample.py", *arguments(root, "width1", "--num-repeats", 3, "--dir", "killed")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
     while not (root / "killed" / "checkpoint_repeat0.pt").exists() and time.monotonic() < deadline:
@@ -188,41 +170,18 @@ def test_a_killed_process_leaves_what_the_next_one_finishes(root, sampled):
     assert found.read_bytes() == known.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "arch, sizes, changed",
-    [
-        ("Fw rho Std Pr N", ("--Pr-size", "4", "6"), ["Pr_size", [8, 5]]),
-        ("Fw rho Std Pc N", ("--Pc-size", "4", "6"), ["Pc_size", [8, 5]]),
-    ],
-)
-def test_complex_networks_are_sampled_at_other_widths(tmp_path, arch, sizes, changed):
-    train(tmp_path, "trained", None, "-a", arch, "--psi-arch", "", "--n-blocks", "2", *sizes, "--epochs", "0")
+@pytest.mark.parametrize("kind", ["Pr", "Pc"])
+def test_complex_networks_are_sampled_at_other_widths(tmp_path, kind):
+    more = ["-a", f"Fw rho Std {kind} N", "--psi-arch", "", "--n-blocks", "2", f"--{kind}-size", "4", "6"]
+    main_block.main([*RECIPE, *more, "--epochs", "0", "--checkpoints", str(tmp_path), "--dir", "trained"])
     run(tmp_path, "trained", "--num-atoms", 8, 5, "--dir", "wide", "--method", "orthogonal", "--align-test")
     network, args, *_ = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
-    assert getattr(args, changed[0]) == changed[1]
-    assert [len(p.weight) for p in network.projections()] == changed[1]
+    assert getattr(args, f"{kind}_size") == [8, 5] == [len(p.weight) for p in network.projections()]
 
 
 def test_resnets_are_sampled_at_widths_of_one_scaling(tmp_path):
-    main_block.main(
-        [
-            "--digits",
-            "--resize-images",
-            "32",
-            "-a",
-            "resnet18-custom",
-            "--standard-width-scaling",
-            "0.0625",
-            "--epochs",
-            "0",
-            "--checkpoints",
-            str(tmp_path),
-            "--dir",
-            "trained",
-            "--device",
-            "cpu",
-        ]
-    )
+    network = "--digits --resize-images 32 -a resnet18-custom --standard-width-scaling 0.0625 --epochs 0 --device cpu"
+    main_block.main([*network.split(), "--checkpoints", str(tmp_path), "--dir", "trained"])
     names = [4] * 5 + [8] * 5 + [16] * 5 + [32] * 5
     run(tmp_path, "trained", "--num-atoms", *[2 * n for n in names], "--dir", "wide", "--epoch", 0)
     network, args, *_ = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")
@@ -231,58 +190,37 @@ def test_resnets_are_sampled_at_widths_of_one_scaling(tmp_path):
         run(tmp_path, "trained", "--num-atoms", *[8] * 20, "--dir", "odd")
 
 
-# ---- refusals
+# Refusals
 
 
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--experiment", "widht1"], "no such run in .*; did you mean width1"),
-        (["--experiment", "width1", "--epoch", "3"], "epochs kept in .*: 0, 1, 2, 5"),
-        (["--experiment", "width1", "--num-atoms", "8", "16"], "2 widths are given for 4 layers"),
-        (["--experiment", "width1", "--num-atoms", "8", "0"], "'?0'? is not a positive integer"),
-        (["--experiment", "width1", "--method", "uniform"], "invalid choice"),
-        (["--experiment", "../width1"], "not a name of a run"),
-        (["--experiment", "width1", "--dir", "/tmp"], "not a name of a run"),
-        (["--experiment", "width1", "--device", "tpu"], "no such device"),
-        (["--experiment", "width1", "--batch-size", "0"], "is not a positive integer"),
-        (["--epoch", "1"], "--experiment"),
+        ("--experiment widht1", "no such run in .*; did you mean width1"),
+        ("--experiment width1 --epoch 3", "epochs kept in .*: 0, 1, 2, 5"),
+        ("--experiment width1 --num-atoms 8 16", "2 widths are given for 4 layers"),
+        ("--experiment width1 --num-atoms 8 0", "'?0'? is not a positive integer"),
+        ("--experiment width1 --method uniform", "invalid choice"),
+        ("--experiment ../width1", "not a name of a run"),
+        ("--experiment width1 --dir /tmp", "not a name of a run"),
+        ("--experiment width1 --device tpu", "no such device"),
+        ("--experiment width1 --batch-size 0", "is not a positive integer"),
+        ("--epoch 1", "--experiment"),
     ],
 )
 def test_refusals_leave_nothing(root, more, message):
     before = sorted(root.rglob("*"))
     with pytest.raises(UserError, match=message):
-        resample.main([*more, "--checkpoints", str(root)])
+        resample.main([*more.split(), "--checkpoints", str(root)])
     assert sorted(root.rglob("*")) == before
-
-
-def altered(root, tmp_path, status=None, args=None, weights=None):
-    """A copy of a trained run with something else in it."""
-    folder = RunFolder(tmp_path, "altered")
-    folder.create()
-    for name in ("args.json", "status.json", "last.pt"):
-        (folder.path / name).write_bytes((root / "width0.5" / name).read_bytes())
-    for name, change in (("status.json", status), ("args.json", args)):
-        if change:
-            path = folder.path / name
-            path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    checkpoint = load(folder.file())
-    if weights:
-        weights(checkpoint["state_dict"])
-    if args:
-        checkpoint["args"] = args({"args": checkpoint["args"]})["args"]
-    save(folder.file(), checkpoint)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"status": lambda s: {**s, "state": "stopped", "epoch": 4}}, r"not finished \(epoch 4 of 6, stopped\)"),
-        ({"status": lambda s: {**s, "acc1": 40.0}}, "accuracy differs from training time .40.00 %, now"),
-        (
-            {"args": lambda a: {"args": {**a["args"], "resize_images": 16}}},
-            "was trained on 1 real channels of 8×8 and 10",
-        ),
+        ({"status": {"state": "stopped", "epoch": 4}}, r"not finished \(epoch 4 of 6, stopped\)"),
+        ({"status": {"acc1": 40.0}}, "accuracy differs from training time .40.00 %, now"),
+        ({"args": {"resize_images": 16}}, "was trained on 1 real channels of 8×8 and 10"),
         (
             {"weights": lambda w: w["blocks.1.body.Pr.weight"].view(-1)[:3].fill_(float("nan"))},
             "layer blocks.1.body.Pr: 3 of its 640 weights are not finite",
@@ -297,17 +235,17 @@ def test_networks_that_cannot_be_sampled(root, tmp_path, change, message):
 
 
 def test_errors_are_one_line_and_status_2(root):
-    found = subprocess.run(
-        [sys.executable, "resample.py", "--experiment", "nothing", "--checkpoints", root],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "resample.py", *arguments(root, "nothing")]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.startswith("resample.py: error: --experiment nothing") and found.stderr.count("\n") == 1
 
 
-# ---- the paper's claims, on the digits
+def test_the_methods_are_those_of_the_library():
+    assert SAMPLING.by_field["method"].choices == METHODS
+
+
+# The paper's claims, on the digits
 
 
 def trained(root, scale):
@@ -332,7 +270,7 @@ def test_twice_the_trained_width_is_at_least_as_good(root, sampled):
 
 
 def test_alignment_errors_fall_with_width(root):
-    networks = [load_network(RunFolder(root, f"width{scale}"))[0] for scale in (0.5, 1, 2)]
+    networks = [load_network(RunFolder(root, f"width{scale}")).network for scale in (0.5, 1, 2)]
     other, args, *_ = load_network(RunFolder(root, "other"))
     data = load_datasets(args)
     train_set, test_set = (images.loader(250) for images in (data.train, data.val))

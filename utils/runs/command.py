@@ -13,21 +13,23 @@ MOST_BLOCKS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """A heading in --help and a note below it. `network`: the only kind of network that its options apply to."""
+
+    title: str
+    network: str | None = None
+    note: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Option:
     """One option of a command line.
 
-    Args:
-        flags: its spellings, separated by spaces.
-        type: converts a word of the command line; None for a switch, which inverts its default.
-        default: the value if the option is missing (of every block, if it has one per block).
-        field: its name among the arguments; by default that of the first long flag, with '_' for '-'.
-        many: takes several values.
-        per_block: takes a value per block, or one for all; `short`: the list may stop early, the rest is default.
-        shortcuts: values that are also flags.
-        group: its heading in --help.
-        network: "blocks" or "standard" if it applies to one kind of network only.
-        config: the field of a network's configuration that it fills; by default `field` without scat_ or standard_.
-        free: it does not define the run: it may change when the run is resumed.
+    flags: its spellings, separated by spaces. type: converts a word of the command line; None for a switch, which
+    inverts its default. default: the value if it is missing (of every block, if per_block). dest: `field`, if it is not
+    the first long flag with '_' for '-'. many: takes several values. per_block: takes a value per block, or one for
+    all; short: such a list may stop early, the rest is default. shortcuts: values that are also flags. fills: `config`,
+    if not `field` without scat_ or standard_. free: it does not define the run: it may change when the run is resumed.
     """
 
     flags: str
@@ -36,32 +38,37 @@ class Option:
     help: str
     metavar: str | None = None
     choices: tuple = ()
-    field: str = ""
+    dest: str = ""
     required: bool = False
     many: bool = False
     per_block: bool = False
     short: bool = False
     shortcuts: tuple = ()
-    group: str = "options"
-    network: str | None = None
-    config: str = ""
+    fills: str = ""
     free: bool = False
-
-    def __post_init__(self):
-        field = self.field or self.flag.removeprefix("--").replace("-", "_")
-        object.__setattr__(self, "field", field)
-        object.__setattr__(self, "config", self.config or re.sub("^(scat|scattering|standard)_", "", field))
+    group: Group = Group("options")
 
     @property
     def flag(self):
         """The spelling used in messages."""
         return next(flag for flag in self.flags.split() if flag.startswith("--"))
 
+    @property
+    def field(self):
+        """Its name among the arguments."""
+        return self.dest or self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def config(self):
+        """The field of a network's configuration that it fills, if that has such a field."""
+        return self.fills or re.sub("^(scat|scattering|standard)_", "", self.field)
+
     def add_to(self, group):
         """Declares the option to argparse."""
         names = self.flags.split()
+        constant = {"dest": self.field, "action": "store_const"}
         if self.type is None:
-            group.add_argument(*names, dest=self.field, action="store_const", const=not self.default, help=self.help)
+            group.add_argument(*names, **constant, const=not self.default, help=self.help)
             return
         if self.shortcuts:
             group = group.add_mutually_exclusive_group()
@@ -77,9 +84,7 @@ class Option:
             help=self.help + f" (default {1 if self.default is True else self.default})" * is_shown,
         )
         for name in self.shortcuts:
-            group.add_argument(
-                f"--{name}", dest=self.field, action="store_const", const=name, help=f"{self.flag} {name}"
-            )
+            group.add_argument(f"--{name}", **constant, const=name, help=f"{self.flag} {name}")
 
     def in_full(self, values, blocks):
         """The list of a per-block option, one value per block. Raises UserError."""
@@ -90,11 +95,20 @@ class Option:
         if self.short and len(values) < blocks:
             return values + [self.default] * (blocks - len(values))
         if len(values) != blocks:
-            raise UserError(
-                f"{self.flag} has {len(values)} values for {blocks} block{'s' * (blocks != 1)} (--n-blocks): "
-                f"give {blocks}, or one for all"
-            )
+            found = f"{len(values)} values for {blocks} block{'s' * (blocks != 1)} (--n-blocks)"
+            raise UserError(f"{self.flag} has {found}: give {blocks}, or one for all")
         return values
+
+
+def grouped(*rows):
+    """The options among `rows`, each in the group that precedes it."""
+    options = []
+    for row in rows:
+        if isinstance(row, Group):
+            group = row
+        else:
+            options.append(dataclasses.replace(row, group=group))
+    return tuple(options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,14 +120,13 @@ class Parser(argparse.ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
-    """The options of a program. `groups`: what --help says below a heading; `length`: the field that says how far."""
+    """The options of a program. `length`: the field that says how far a run goes."""
 
     program: str
     description: str
     options: tuple[Option, ...]
     length: str
     usage: str | None = None
-    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def by_field(self):
@@ -128,16 +141,12 @@ class CommandLine:
     @functools.cached_property
     def parser(self):
         """The argparse parser; it yields only what is given."""
-        top = Parser(
-            prog=self.program,
-            usage=self.usage,
-            description=self.description,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )
-        titles = dict.fromkeys(option.group for option in self.options)
-        groups = {title: top.add_argument_group(title, self.groups.get(title)) for title in titles}
+        defaults = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+        top = Parser(self.program, self.usage, self.description, **defaults)
+        groups = {}
         for option in self.options:
+            if option.group not in groups:
+                groups[option.group] = top.add_argument_group(option.group.title, option.group.note)
             option.add_to(groups[option.group])
         return top
 

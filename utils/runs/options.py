@@ -8,30 +8,15 @@ import re
 import secrets
 import time
 from dataclasses import replace
-from itertools import accumulate
 
-from models.names import (
-    BATCH_NORMS,
-    CLASSIFIER_BATCH_NORMS,
-    FRAME_NON_LINEARITIES,
-    MODULES,
-    NON_LINEARITIES,
-    PLAIN,
-    PROJECTIONS,
-    STANDARD_NON_LINEARITIES,
-)
-from models.signal import output_size
+from models import names
 from utils.data.names import BAD_IMAGES, DATASETS, IN_FOLDERS, WITH_FLAGS
 from utils.errors import UserError
 from utils.runs import values as to
-from utils.runs.command import CommandLine, Option
+from utils.runs.command import CommandLine, Group, Option, grouped
 
 BLOCKS, STANDARD = "blocks", "standard"  # the two kinds of networks
 INTERVAL = "START:STOP[:STEP]"
-
-
-def _group(title, *options, network=None):
-    return tuple(replace(option, group=title, network=network) for option in options)
 
 
 def _per_block(flags, type, default, help, metavar="N", **more):
@@ -50,122 +35,107 @@ _WORKERS = Option("-j --workers", to.natural, 4, "processes that read ImageNet",
 _DEVICE = Option("--device", to.text, "auto", "cpu, cuda, cuda:N, mps, or auto: the best available", free=True)
 _CHECKPOINTS = Option("--checkpoints", to.text, "checkpoints", "folder of the runs' folders", "DIR", free=True)
 
-TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", (
-    *_group("network",
-        Option("-a --arch", to.architecture, None, "modules of a block, e.g. 'Fw Std Pr N' (names: " + " ".join(MODULES)
-               + "), or the name of a standard network, e.g. resnet18-custom", required=True),
-    ),
-    *_group("blocks",
-        Option("--n-blocks", to.positive_int, 1, "number of blocks", "J"),
-        _modules("--first-arch", "the first block, instead of --arch"),
-        _modules("--last-arch", "the last block, instead of --arch"),
-        _modules("--phi-arch", "modules for the low-pass part of Fw"),
-        _modules("--psi-arch", "modules for the band-pass part of Fw, e.g. mod"),
-        _modules("--linear-arch", "modules for the linear half of rho"),
-        _modules("--non-linear-arch", "modules for the non-linear half of rho"),
-        _modules("--left-arch", "modules of the left branch of B"),
-        _modules("--right-arch", "modules of the right branch of B"),
-    network=BLOCKS),
-    *_group("wavelets",
-        _per_block("--scattering-wph", to.bit, True, "1: Fw keeps the phase of the wavelet coefficients; 0: it "
-                   "gives their modulus, as if --psi-arch began with mod"),
-        _per_block("--scat-angles", to.natural, 8, "number of angles L of Fw; 0: low-pass only"),
-        _per_block("--scat-full-angles", to.bit, False, "1: angles over [0, 2π) instead of [0, π)"),
-        Option("--scattering-scales-per-octave", to.positive_int, 1, "scales per octave unless factorised", "S"),
-        Option("--factorize-filters", to.natural, None, "blocks from this one on (from 0) have half an octave", "F"),
-    network=BLOCKS),
-    *_group("non-linearity",
-        _per_block("--scat-non-linearity", to.text, "mod", "non-linearity of mod and rho: "
-                   + ", ".join(NON_LINEARITIES), "NAME", choices=tuple(NON_LINEARITIES)),
-        _per_block("--scat-non-linearity-bias", to.finite_float, None, "its bias", "B"),
-        _per_block("--scat-non-linearity-gain", to.finite_float, None, "its gain", "G"),
-        _per_block("--scat-non-linearity-learned", to.bit, False, "1: its bias and gain are learned, per channel"),
-        _per_block("--dictionary-size", to.positive_int, 2048, "atoms of FrhoF's frame"),
-        Option("--non-linearity", to.text, "relu", "non-linearity of FrhoF", choices=tuple(FRAME_NON_LINEARITIES),
-               config="dictionary_non_linearity"),
-    network=BLOCKS),
-    *_group("standardisation, input",
-        Option("--homogeneous", None, False, "Std keeps the mean at 0"),
-        Option("--mix-input", None, False, "a learned 1×1 convolution of the input channels first"),
-        Option("--yuv", None, False, "the input's colours as YUV (fixed)"),
-    network=BLOCKS),
-    *_group("projections",
-        _per_block("--L-proj-size", to.channels, None, "number of channels of P; id: the identity", config="P_size"),
-        _per_block("--Pr-size", to.channels, None, "number of channels of Pr; id: the identity"),
-        _per_block("--Pc-size", to.channels, None, "number of channels of Pc; id: the identity"),
-        _per_block("--remove-L", to.bit, False, "1: the block has no projection", config="remove_projection"),
-        _per_block("--freeze-P", to.bit, False, "1: the projection is not learned (blocks missing at the end "
-                   "of the list are learned)", short=True, config="freeze_projection"),
-        _per_block("--P-eigenvectors", to.matrix_file, None, "eigenvectors in columns: a fixed projection on them "
-                   "precedes the learned one", "FILE", config="projection_basis"),
-        _per_block("--P-eigenvectors-start", to.natural, None, "the first eigenvector used (default 0)"),
-        _per_block("--P-eigenvectors-end", to.positive_int, None, "the one after the last eigenvector used"),
-        _per_block("--P-eigenvalues", to.matrix_file, None, "initial weights are Gaussian with these variances of the "
-                   "input channels (or eigenvectors)", "FILE", config="projection_eigenvalues"),
-        _per_block("--P-initialization", to.matrix_file, None, "initial weights are this matrix", "FILE",
-                   config="projection_initialization"),
-        Option("--pars-reg", None, False, "Parseval regularisation W ← (1 + β) W − β W Wᴴ W after every step"),
-        Option("--quadrature-reg", None, False, "quadrature regularisation W ← W − β W Wᵀ W̄ after every step"),
-        Option("--beta", to.positive_float, 0.01, "β of the regularisation"),
-    network=BLOCKS),
-    *_group("classifier",
-        Option("--classifier-batch-norm", to.text, "affine", "batch norm before the linear layer; std: no affine map",
-               choices=CLASSIFIER_BATCH_NORMS),
-        Option("--no-classifier-bias", None, True, "no bias", field="classifier_bias"),
-        Option("--avgpool", None, False, "average over space before the linear layer", config="average_pooling"),
-    network=BLOCKS),
-    *_group("standard networks",
-        Option("--standard-width-scaling", to.positive_float, 1.0, "factor of all widths", "S", config="width"),
-        Option("--standard-batch-norm", to.text, "pre", "batch norm before (pre) or after (post) the non-linearity, or "
-               "none", choices=BATCH_NORMS),
-        Option("--standard-no-bias", None, False, "no biases, batch norm without affine map"),
-        Option("--standard-classifier-no-bias", None, False, "no bias in the last layer"),
-        Option("--standard-non-linearity", to.text, "relu", "pointwise function",
-               choices=tuple(STANDARD_NON_LINEARITIES)),
-        Option("--standard-pretrained", None, False, "torchvision's weights"),
-    network=STANDARD),
-    *_group("data",
-        Option("--dataset", to.text, None, "the data set", choices=DATASETS, shortcuts=WITH_FLAGS),
-        _DATA,
-        _DATA_DIR,
-        Option("--grayscale", None, False, "one channel instead of three"),
-        Option("--data-subset", to.interval, None, "only these images of every class of the training set", INTERVAL),
-        Option("--classes-subset", to.interval, None, "only these classes", INTERVAL),
-        Option("--resize-images", to.positive_int, None, "images of SIZE × SIZE", "SIZE"),
-        Option("--randomize-labels", to.natural, None, "random labels for training", "SEED"),
-        Option("--bad-images", to.text, "error", "action on unreadable image files", choices=BAD_IMAGES, free=True),
-        _WORKERS,
-    ),
-    *_group("training",
-        Option("--epochs", to.natural, 90, "number of epochs", "N", free=True),
-        Option("-b --batch-size", to.positive_int, 256, "images per step, over all processes together", "N"),
-        Option("--lr --learning-rate", to.non_negative_float, 0.1, "initial learning rate"),
-        Option("--learning-rate-adjust-frequency", to.positive_int, 30, "epochs between its divisions by 10", "EPOCHS"),
-        Option("--momentum", to.non_negative_float, 0.9, "SGD momentum"),
-        Option("--wd --weight-decay", to.non_negative_float, 1e-4, "weight decay", field="weight_decay"),
-        Option("--seed", to.seed, 0, "random seed for weights, batches and augmentation"),
-    ),
-    *_group("hardware",
-        _DEVICE,
-        Option("--amp", None, False, "bfloat16 where it is safe (autocast)", free=True),
-        Option("--compile", None, False, "compile the network (torch.compile)", free=True),
-        Option("--tf32", None, False, "TensorFloat-32 products (CUDA GPUs)", free=True),
-    ),
-    *_group("run",
-        Option("--dir", to.text, None, "name of the run (default: from data, network and time)", "NAME", free=True),
-        _CHECKPOINTS,
-        Option("--resume", to.text, None, "checkpoint to start from: a file or a run, as it is or in --checkpoints; "
-               "also one of the authors' program", "FILE"),
-        Option("--restart", None, False, "take only the weights of --resume"),
-        Option("--overwrite", None, False, "start the run in --dir over (default: continue it)", free=True),
-        Option("-e --evaluate", None, False, "validate (--resume FILE or --dir), do not train", free=True),
-        Option("-p --print-freq", to.positive_int, 100, "steps between two lines of progress", "STEPS", free=True),
-        Option("--tensorboard", None, False, "write curves for TensorBoard too", free=True),
-    ),
-), length="epochs", usage="%(prog)s -a ARCH --digits [options]", groups={
-    "blocks": "here and below, lists have a value per block, or one for all blocks",
-    "projections": "files are .npy, .npz or .pt with one matrix; none: no file",
-})
+TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grouped(
+    Group("network"),
+    Option("-a --arch", to.architecture, None, "modules of a block, e.g. 'Fw Std Pr N', or a standard network, e.g. "
+           "resnet18-custom (modules: " + " ".join(names.MODULES) + ")", required=True),
+    Group("blocks", BLOCKS, "here and below, lists have a value per block, or one for all blocks"),
+    Option("--n-blocks", to.positive_int, 1, "number of blocks", "J"),
+    _modules("--first-arch", "the first block, instead of --arch"),
+    _modules("--last-arch", "the last block, instead of --arch"),
+    _modules("--phi-arch", "modules for the low-pass part of Fw"),
+    _modules("--psi-arch", "modules for the band-pass part of Fw, e.g. mod"),
+    _modules("--linear-arch", "modules for the linear half of rho"),
+    _modules("--non-linear-arch", "modules for the non-linear half of rho"),
+    _modules("--left-arch", "modules of the left branch of B"),
+    _modules("--right-arch", "modules of the right branch of B"),
+    Group("wavelets", BLOCKS),
+    _per_block("--scattering-wph", to.bit, True, "1: Fw keeps the phase of the wavelet coefficients; 0: it "
+               "gives their modulus, as if --psi-arch began with mod"),
+    _per_block("--scat-angles", to.natural, 8, "number of angles L of Fw; 0: low-pass only"),
+    _per_block("--scat-full-angles", to.bit, False, "1: angles over [0, 2π) instead of [0, π)"),
+    Option("--scattering-scales-per-octave", to.positive_int, 1, "scales per octave unless factorised", "S"),
+    Option("--factorize-filters", to.natural, None, "blocks from this one on (from 0) have half an octave", "F"),
+    Group("non-linearity", BLOCKS),
+    _per_block("--scat-non-linearity", to.text, "mod", "non-linearity of mod and rho: "
+               + ", ".join(names.NON_LINEARITIES), "NAME", choices=tuple(names.NON_LINEARITIES)),
+    _per_block("--scat-non-linearity-bias", to.finite_float, None, "its bias", "B"),
+    _per_block("--scat-non-linearity-gain", to.finite_float, None, "its gain", "G"),
+    _per_block("--scat-non-linearity-learned", to.bit, False, "1: its bias and gain are learned, per channel"),
+    _per_block("--dictionary-size", to.positive_int, 2048, "atoms of FrhoF's frame"),
+    Option("--non-linearity", to.text, "relu", "non-linearity of FrhoF", choices=tuple(names.FRAME_NON_LINEARITIES),
+           fills="dictionary_non_linearity"),
+    Group("standardisation, input", BLOCKS),
+    Option("--homogeneous", None, False, "Std keeps the mean at 0"),
+    Option("--mix-input", None, False, "a learned 1×1 convolution of the input channels first"),
+    Option("--yuv", None, False, "the input's colours as YUV (fixed)"),
+    Group("projections", BLOCKS, "files are .npy, .npz or .pt with one matrix; none: no file"),
+    _per_block("--L-proj-size", to.channels, None, "number of channels of P; id: the identity", fills="P_size"),
+    _per_block("--Pr-size", to.channels, None, "number of channels of Pr; id: the identity"),
+    _per_block("--Pc-size", to.channels, None, "number of channels of Pc; id: the identity"),
+    _per_block("--remove-L", to.bit, False, "1: the block has no projection", fills="remove_projection"),
+    _per_block("--freeze-P", to.bit, False, "1: the projection is not learned (blocks missing at the end "
+               "of the list are learned)", short=True, fills="freeze_projection"),
+    _per_block("--P-eigenvectors", to.matrix_file, None, "eigenvectors in columns: a fixed projection on them "
+               "precedes the learned one", "FILE", fills="projection_basis"),
+    _per_block("--P-eigenvectors-start", to.natural, None, "the first eigenvector used (default 0)"),
+    _per_block("--P-eigenvectors-end", to.positive_int, None, "the one after the last eigenvector used"),
+    _per_block("--P-eigenvalues", to.matrix_file, None, "initial weights are Gaussian with these variances of the "
+               "input channels (or eigenvectors)", "FILE", fills="projection_eigenvalues"),
+    _per_block("--P-initialization", to.matrix_file, None, "initial weights are this matrix", "FILE",
+               fills="projection_initialization"),
+    Option("--pars-reg", None, False, "Parseval regularisation W ← (1 + β) W − β W Wᴴ W after every step"),
+    Option("--quadrature-reg", None, False, "quadrature regularisation W ← W − β W Wᵀ W̄ after every step"),
+    Option("--beta", to.positive_float, 0.01, "β of the regularisation"),
+    Group("classifier", BLOCKS),
+    Option("--classifier-batch-norm", to.text, "affine", "batch norm before the linear layer; std: no affine map",
+           choices=names.CLASSIFIER_BATCH_NORMS),
+    Option("--no-classifier-bias", None, True, "no bias", dest="classifier_bias"),
+    Option("--avgpool", None, False, "average over space before the linear layer", fills="average_pooling"),
+    Group("standard networks", STANDARD),
+    Option("--standard-width-scaling", to.positive_float, 1.0, "factor of all widths", "S", fills="width"),
+    Option("--standard-batch-norm", to.text, "pre", "batch norm before (pre) or after (post) the non-linearity, or "
+           "none", choices=names.BATCH_NORMS),
+    Option("--standard-no-bias", None, False, "no biases, batch norm without affine map"),
+    Option("--standard-classifier-no-bias", None, False, "no bias in the last layer"),
+    Option("--standard-non-linearity", to.text, "relu", "pointwise function",
+           choices=tuple(names.STANDARD_NON_LINEARITIES)),
+    Option("--standard-pretrained", None, False, "torchvision's weights"),
+    Group("data"),
+    Option("--dataset", to.text, None, "the data set", choices=DATASETS, shortcuts=WITH_FLAGS),
+    _DATA,
+    _DATA_DIR,
+    Option("--grayscale", None, False, "one channel instead of three"),
+    Option("--data-subset", to.interval, None, "only these images of every class of the training set", INTERVAL),
+    Option("--classes-subset", to.interval, None, "only these classes", INTERVAL),
+    Option("--resize-images", to.positive_int, None, "images of SIZE × SIZE", "SIZE"),
+    Option("--randomize-labels", to.natural, None, "random labels for training", "SEED"),
+    Option("--bad-images", to.text, "error", "action on unreadable image files", choices=BAD_IMAGES, free=True),
+    _WORKERS,
+    Group("training"),
+    Option("--epochs", to.natural, 90, "number of epochs", "N", free=True),
+    Option("-b --batch-size", to.positive_int, 256, "images per step, over all processes together", "N"),
+    Option("--lr --learning-rate", to.non_negative_float, 0.1, "initial learning rate"),
+    Option("--learning-rate-adjust-frequency", to.positive_int, 30, "epochs between its divisions by 10", "EPOCHS"),
+    Option("--momentum", to.non_negative_float, 0.9, "SGD momentum"),
+    Option("--wd --weight-decay", to.non_negative_float, 1e-4, "weight decay", dest="weight_decay"),
+    Option("--seed", to.seed, 0, "random seed for weights, batches and augmentation"),
+    Group("hardware"),
+    _DEVICE,
+    Option("--amp", None, False, "bfloat16 where it is safe (autocast)", free=True),
+    Option("--compile", None, False, "compile the network (torch.compile)", free=True),
+    Option("--tf32", None, False, "TensorFloat-32 products (CUDA GPUs)", free=True),
+    Group("run"),
+    Option("--dir", to.text, None, "name of the run (default: from data, network and time)", "NAME", free=True),
+    _CHECKPOINTS,
+    Option("--resume", to.text, None, "checkpoint to start from: a file or a run, as it is or in --checkpoints; "
+           "also one of the authors' program", "FILE"),
+    Option("--restart", None, False, "take only the weights of --resume"),
+    Option("--overwrite", None, False, "start the run in --dir over (default: continue it)", free=True),
+    Option("-e --evaluate", None, False, "validate (--resume FILE or --dir), do not train", free=True),
+    Option("-p --print-freq", to.positive_int, 100, "steps between two lines of progress", "STEPS", free=True),
+    Option("--tensorboard", None, False, "write curves for TensorBoard too", free=True),
+), length="epochs", usage="%(prog)s -a ARCH --digits [options]")
 
 SAMPLING = CommandLine("resample.py", "Samples rainbow networks of a trained experiment.", (
     Option("--experiment", to.text, None, "run to sample from", "NAME", required=True),
@@ -197,9 +167,10 @@ def parse(argv=None, environ=os.environ):
     given = TRAINING.given(argv)
     _refuse_foreign(given)
     given.setdefault("dataset", "imagenet" if "data" in given else None)
-    given["seed"] = given.get("seed", 0) + int(array_task(environ) or 0)
+    suffix = array_suffix(environ)
+    given["seed"] = given.get("seed", 0) + int(suffix.removeprefix("-init") or 0)
     if "dir" in given:
-        given["dir"] += array_suffix(environ)
+        given["dir"] += suffix
     args = TRAINING.resolve(given)
     for check in (_check_data, _check_blocks, _check_start):
         check(args)
@@ -213,30 +184,21 @@ def parse_sampling(argv=None):
 
 
 def changes(script, stored, argv):
-    """What a command line would do differently from a run: {field: (before, after)}, empty if it would resume the run.
+    """What a command line (`script` and the words `argv`) would do differently from a run with the arguments `stored`.
 
-    Args:
-        script: "main_block.py" or "resample.py".
-        stored: the resolved arguments that the run has left in args.json.
-        argv: the words of the command line, without the script.
-
-    Raises UserError if the stored arguments are not ones of this script.
+    `stored` is the dict "args" of the run's args.json. Returns {field: (before, after)}, empty if the command resumes
+    the run; how far it goes (`CommandLine.length`) makes no difference. Raises UserError if `stored` is of another
+    script.
     """
     command = {"main_block.py": TRAINING, "resample.py": SAMPLING}[script]
     now = parse(argv, {}) if command is TRAINING else parse_sampling(argv)
     return command.changes(command.restore(stored, "args.json"), now)
 
 
-def array_task(environ=os.environ):
-    """The number of this task in a SLURM array, as text; "" outside of one."""
+def array_suffix(environ):
+    """What the names of runs end in within a SLURM array: -initN for task N; "" outside of one."""
     task = environ.get("SLURM_ARRAY_TASK_ID", "")
-    return task if task.isdigit() else ""
-
-
-def array_suffix(environ=os.environ):
-    """What the names of runs end in within a SLURM array: -initN."""
-    task = array_task(environ)
-    return f"-init{task}" if task else ""
+    return f"-init{task}" if task.isdigit() else ""
 
 
 def made_up_name(args, environ=os.environ):
@@ -265,16 +227,6 @@ def block_archs(args):
     return archs
 
 
-def block_kinds(n_blocks, first):
-    """The kinds of the blocks' wavelet transforms: plain, from block `first` on (None: none) steps 0, 1 of octaves."""
-    return [PLAIN if first is None or index < first else (index - first) % 2 for index in range(n_blocks)]
-
-
-def image_sizes(size, n_blocks, first):
-    """The height of an image after each block, for an input of height `size`."""
-    return list(accumulate(block_kinds(n_blocks, first), lambda m, kind: output_size(m, kind != 0), initial=size))[1:]
-
-
 def size_option(module):
     """The option that gives the size of a projection, P, Pr or Pc."""
     return next(option for option in TRAINING.options if option.config == f"{module}_size")
@@ -286,7 +238,7 @@ def _refuse_foreign(given):
     foreign = BLOCKS if standard else STANDARD
     for field, value in given.items():
         option = TRAINING.by_field[field]
-        if option.network == foreign and value != option.default:
+        if option.group.network == foreign and value != option.default:
             network = f"{arch}, which has no blocks" if standard else "a network of blocks"
             raise UserError(f"{option.flag} does not apply to {network}")
 
@@ -308,7 +260,7 @@ def _check_blocks(args):
         raise UserError("--first-arch and --last-arch both replace the only block: give more blocks (--n-blocks)")
     sides = (args.phi_arch, args.psi_arch, args.linear_arch, args.non_linear_arch, args.left_arch, args.right_arch)
     used = {name for arch in (*block_archs(args), *sides) for name in arch}
-    for name in PROJECTIONS:
+    for name in names.PROJECTIONS:
         option = size_option(name)
         given = any(size is not None for size in getattr(args, option.field))
         if name in used and not given:

@@ -5,7 +5,10 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.nn import functional as F
 import main_block
 import models
 from models.signal import Signal
+from tests.conftest import ROOT
 from tests.training_runs import NETWORKS, STEPS, command, is_same, train
 from utils.errors import DivergedError, StoppedError, WriteError
 from utils.runs import options, session, training
@@ -32,35 +36,41 @@ def folder_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def interrupt(monkeypatch):
-    """`interrupt(n, signum)`: the next training gets a signal within its n-th step (from 1)."""
-    step = Training.train_step
+def at_call(monkeypatch):
+    """`at_call(n, method, action)`: the n-th call (from 1) of a method of Training or `owner` starts with `action`."""
 
-    def arrange(number, signum=signal.SIGTERM):
-        count = itertools.count(1)
+    def arrange(number, method, action, owner=Training):
+        original, count = getattr(owner, method), itertools.count(1)
 
-        def counting(self, images, labels):
+        def counted(self, *args):
             if next(count) == number:
-                os.kill(os.getpid(), signum)
-            return step(self, images, labels)
+                action(*args)
+            return original(self, *args)
 
-        monkeypatch.setattr(Training, "train_step", counting)
+        monkeypatch.setattr(owner, method, counted)
 
     return arrange
+
+
+def terminate(*_, signum=signal.SIGTERM):
+    os.kill(os.getpid(), signum)
+
+
+def interrupt(*_):
+    terminate(signum=signal.SIGINT)
 
 
 # Exactness
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_run_interrupted_anywhere_ends_in_the_same_bits(network, interrupt):
+def test_a_run_interrupted_anywhere_ends_in_the_same_bits(network, at_call):
     whole = train(network, "whole")
     for number in (1, 2, STEPS, STEPS + 1, 2 * STEPS + 3) if network in ("norm", "complex") else (STEPS - 1,):
-        interrupt(number)
+        at_call(number, "train_step", terminate)
         with pytest.raises(StoppedError) as stopped:
             train(network, f"at{number}")
         assert stopped.value.exit_status == 143
-        interrupt(0)
         assert is_same(train(network, f"at{number}"), whole), number
 
 
@@ -75,35 +85,31 @@ def test_a_run_continued_after_any_epoch_ends_in_the_same_bits(network):
         assert is_same(load(f"checkpoints/{name}/{file}"), load(f"checkpoints/whole/{file}"))
 
 
-def test_a_kill_between_two_files_of_an_epoch_changes_nothing(monkeypatch):
+def test_a_kill_between_two_files_of_an_epoch_changes_nothing(at_call):
     whole = train("norm", "whole")
-    save_last, calls = RunFolder.save_last, itertools.count()
-
-    def killed_before_the_last_file(self, checkpoint):
-        if next(calls) == 2:
-            raise SystemExit
-        save_last(self, checkpoint)
-
-    monkeypatch.setattr(RunFolder, "save_last", killed_before_the_last_file)
+    at_call(3, "save_last", lambda *_: sys.exit(), RunFolder)
     with pytest.raises(SystemExit):
         train("norm", "killed")
     assert is_same(train("norm", "killed"), whole)
 
 
-@pytest.mark.parametrize("number", [0, 2])
-def test_stopped_while_it_validates_a_run_goes_on_exactly(monkeypatch, number):
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_run_stopped_while_it_validates_resumes_exactly(at_call, number):
     whole = train("norm", "whole")
-    validate, calls = Training.validate, itertools.count()
-
-    def interrupted(self):
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return validate(self)
-
-    monkeypatch.setattr(Training, "validate", interrupted)
+    at_call(number, "validate", terminate)
     with pytest.raises(StoppedError):
         train("norm", "stopped")
     assert is_same(train("norm", "stopped"), whole)
+
+
+def test_a_run_started_by_the_first_version_resumes():
+    """Stopped by a signal in its second epoch, after two of four steps, before options were records."""
+    shutil.copytree(ROOT / "tests/utils/runs/interrupted", "checkpoints/run")
+    stopped = load("checkpoints/run/last.pt")
+    finished = train("norm", "run")
+    assert "resumed after epoch 1, step 2" in Path("checkpoints/run/log.txt").read_text()
+    assert finished["history"][:2] == stopped["history"] and len(finished["history"]) == 4
+    assert finished["args"] == stopped["args"] and finished.keys() == stopped.keys()
 
 
 def test_the_seed_decides_every_bit():
@@ -134,13 +140,9 @@ def test_the_tally_is_the_mean_over_images_and_finds_the_first_bad_step():
         tally.add(step, logits[step], labels[step], F.cross_entropy(logits[step], labels[step], reduction="sum"))
     score, bad = tally.score(3, world)
     ranks = (logits >= logits.gather(2, labels[..., None])).sum(2)
-    expected = Score(
-        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(),
-        100 * (ranks == 1).double().mean().item(),
-        100 * (ranks <= 5).double().mean().item(),
-        60,
-    )
-    assert vars(score) == pytest.approx(vars(expected), rel=1e-6) and bad is None
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    acc1, acc5 = (100 * (ranks <= k).double().mean().item() for k in (1, 5))
+    assert vars(score) == pytest.approx(vars(Score(loss, acc1, acc5, 60)), rel=1e-6) and bad is None
     tally.rows[1, 0] = math.nan
     assert tally.score(3, world)[1] == 2
 
@@ -160,18 +162,9 @@ def test_a_run_leaves_what_is_needed_to_understand_it():
     assert about["parameters"] == {"total": 4 * 5 + 8 * 20 + 10 * 32 * 4, "learned": 4 * 5 + 8 * 20 + 10 * 32 * 4}
     assert folder.args().Pr_size == [4, 8] and about["args"]["input_shape"] == [1, 8, 8]
     assert "epoch 3/3" in (folder.path / "log.txt").read_text()
-    assert {file.name for file in folder.path.iterdir()} == {
-        "args.json",
-        "metrics.csv",
-        "log.txt",
-        "status.json",
-        "last.pt",
-        "previous.pt",
-        "best.pt",
-        "epoch_0.pt",
-        "epoch_1.pt",
-        "epoch_2.pt",
-    }
+    records, checkpoints = "args.json metrics.csv log.txt status.json", "last best previous epoch_0 epoch_1 epoch_2"
+    expected = {*records.split(), *(f"{name}.pt" for name in checkpoints.split())}
+    assert {file.name for file in folder.path.iterdir()} == expected
 
 
 def test_no_epochs_still_leave_the_untrained_network():
@@ -183,9 +176,8 @@ def test_no_epochs_still_leave_the_untrained_network():
 def test_regularised_weights_have_no_decay_and_others_have():
     args = options.parse(command("parseval", "run", "--wd", "0.1"), {})
     network = models.build(network_config(args, Signal(1, 8, 8), 10))
-    decays = {
-        id(p): group["weight_decay"] for group in make_optimizer(network, args).param_groups for p in group["params"]
-    }
+    groups = make_optimizer(network, args).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decays[id(network.blocks[0].P.weight)] == 0 and decays[id(network.classifier.linear.weight)] == 0.1
 
 
@@ -198,8 +190,8 @@ def test_curves_for_tensorboard():
 # Ends
 
 
-def test_ctrl_c_ends_with_130_and_a_second_one_at_once(interrupt):
-    interrupt(3, signal.SIGINT)
+def test_ctrl_c_ends_with_130_and_a_second_one_at_once(at_call):
+    at_call(3, "train_step", interrupt)
     with pytest.raises(StoppedError, match="step 3 of 4") as stopped:
         train("norm", "run")
     assert stopped.value.exit_status == 130
@@ -207,19 +199,12 @@ def test_ctrl_c_ends_with_130_and_a_second_one_at_once(interrupt):
     request = training.StopRequest()
     with request, pytest.raises(KeyboardInterrupt):
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
 
 
 @pytest.mark.parametrize("print_freq", [1, 1000])
-def test_divergence_names_epoch_and_step_and_keeps_the_last_good_checkpoint(monkeypatch, print_freq):
-    step, count = Training.train_step, itertools.count(1)
-
-    def diverging(self, images, labels):
-        if next(count) == STEPS + 3:
-            images = images * math.nan
-        return step(self, images, labels)
-
-    monkeypatch.setattr(Training, "train_step", diverging)
+def test_divergence_names_epoch_and_step_and_keeps_the_last_good_checkpoint(at_call, print_freq):
+    at_call(STEPS + 3, "train_step", lambda images, labels: images.fill_(math.nan))
     with pytest.raises(DivergedError, match="epoch 2, step 3 of 4") as diverged:
         train("norm", "run", "--print-freq", str(print_freq))
     assert diverged.value.exit_status == 3
@@ -232,7 +217,7 @@ def test_divergence_names_epoch_and_step_and_keeps_the_last_good_checkpoint(monk
 
 @pytest.mark.parametrize("file", ["epoch_1.pt", "best.pt", "metrics.csv", "last.pt", "status.json", "args.json"])
 def test_every_file_may_fail_to_be_written_once(monkeypatch, file):
-    """Writing after the first epoch fails: what was there is intact, the file is named, the run can go on."""
+    """Writing after the first epoch fails: what was there is intact, the file is named, the run can be resumed."""
     whole = train("norm", "whole")
     train("norm", "run", "--epochs", "0")
     replace = os.replace
