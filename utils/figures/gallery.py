@@ -131,7 +131,7 @@ class Gallery:
         made = data.provenance
         count = len(made["experiments"])
         text = (
-            f"Numbers of {count} experiment{'s' * (count > 1)}, made {made['date']} at commit "
+            f"Numbers of {count} experiment{'s' if count > 1 else ''}, made {made['date']} at commit "
             f"`{made['commit']}` by `{made['command']}`; saved as `{paths[0]}` and `.png`."
         )
         rows = [] if self.scale == "paper" else FIGURES[number].comparison(data)

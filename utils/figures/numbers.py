@@ -64,24 +64,24 @@ def gaussian_histograms(source: Source, shown: Shown) -> Numbers:
     """Figure 1. edges: of the bins; density: (ranks, layers, bins); p_values: (ranks, layers), Kolmogorov–Smirnov
     against N(0, 1); ranks; layers; samples: (layers,), weight vectors of all networks together."""
     mean = source.mean_network(source.sets(1)["networks"], shown.layers)
-    density, p_values, samples = [], [], []
-    for k in range(len(shown.layers)):
-        whitened = _whitened_directions(mean, k, shown.ranks)
-        density.append([np.histogram(column, HISTOGRAM)[0] / (len(column) * np.diff(HISTOGRAM)) for column in whitened])
-        p_values.append([normality_p_value(column) for column in whitened])
-        samples.append(len(whitened[0]))
+    columns = [_whitened_directions(mean, k, shown.ranks) for k in range(len(shown.layers))]
+    by_rank = list(zip(*columns))
     return {
         "edges": HISTOGRAM,
-        "density": np.swapaxes(density, 0, 1),
-        "p_values": np.transpose(p_values),
+        "density": np.array([[_density(column) for column in row] for row in by_rank]),
+        "p_values": np.array([[normality_p_value(column) for column in row] for row in by_rank]),
         "ranks": np.array(shown.ranks),
         "layers": np.array(shown.layers),
-        "samples": np.array(samples),
+        "samples": np.array([len(each[0]) for each in columns]),
     }
 
 
+def _density(samples: np.ndarray) -> np.ndarray:
+    return np.histogram(samples, HISTOGRAM)[0] / (len(samples) * np.diff(HISTOGRAM))
+
+
 def _whitened_directions(mean: MeanNetwork, k: int, ranks: Sequence[int]) -> list[np.ndarray]:
-    """Weights of all networks along principal directions of their common covariance, whitened; a row for each rank."""
+    """Weights of all networks along principal directions of their common covariance, whitened; one array per rank."""
     covariance = WeightCovariance.fit(mean.aligned_weights(k))
     chosen = [min(rank, covariance.rank) - 1 for rank in ranks]
     coordinates = [covariance.whitened_coordinates(weights)[:, chosen] for weights in mean.aligned_weights(k)]
@@ -126,12 +126,11 @@ def activation_spectra(source: Source, shown: Shown) -> Numbers:
     numbers = {"widths": np.array([member.width for member in members]), "layer": np.array(shown.layer)}
     for member in members:
         network = source.network(member)
-        layers = source.layers(member, network)
+        names = [layer.name for layer in source.layers(member, network)]
         last = member is members[-1]
-        js = list(range(2, len(layers))) if last else [shown.layer]
-        found = moments(
-            [network], [layers[j - 1].name for j in js], source.train(member), means=False, device=source.device
-        )
+        js = range(2, len(names)) if last else [shown.layer]
+        images = source.train(member)
+        found = moments([network], [names[j - 1] for j in js], images, means=False, device=source.device)
         spectra = {j: _eigenvalues(found.auto(0, k)) for k, j in enumerate(js)}
         numbers[f"width_{member.width:g}"] = spectra[shown.layer]
         if last:
@@ -152,14 +151,12 @@ def alignment_convergence(source: Source, shown: Shown) -> Numbers:
     for name, members in source.sets(5).items():
         reference = next(member for member in members if member.width == members[-1].width)
         others = [member for member in members if member is not reference]
-        errors = _alignment_errors(source, reference, others, standardize=name == "resnet")
-        widths = sorted({member.width for member in others})
-        means = [
-            np.mean([errors[i] for i, member in enumerate(others) if member.width == width], axis=0) for width in widths
-        ]
-        numbers[f"{name}_widths"] = np.array(widths)
-        numbers[f"{name}_layers"] = np.arange(2, 2 + len(means[0]))
-        numbers[f"{name}_errors"] = np.transpose(means)
+        errors = np.array(_alignment_errors(source, reference, others, standardize=name == "resnet"))
+        width_of = np.array([member.width for member in others])
+        widths = np.unique(width_of)
+        numbers[f"{name}_widths"] = widths
+        numbers[f"{name}_layers"] = np.arange(2, 2 + errors.shape[1])
+        numbers[f"{name}_errors"] = np.array([errors[width_of == width].mean(axis=0) for width in widths]).T
     return numbers
 
 
@@ -188,22 +185,22 @@ def covariance_convergence(source: Source, shown: Shown) -> Numbers:
         "layer": np.array(layer),
         "fit_ranks": np.array(shown.fit_ranks),
         **_many_networks(source, sets["many"], layer, shown),
-        **_many_widths(source, sets["widths"], layer, shown),
+        **_many_widths(source, sets["widths"], shown),
     }
 
 
 def _many_networks(source, members, layer, shown):
     """Covariances of more and more networks of one width, and the first of them clipped with their eigenvectors."""
     mean = source.mean_network(members, (layer,))
-    scale = math.sqrt(mean.layers[0][0].dimension)
-    weights = [scale * rows for rows in mean.aligned_weights(0)]
-    names = [each[0].name for each in mean.layers]
-    first = [dict(source.network(member, 0).named_modules())[name] for member, name in zip(members, names)]
-    initial = [scale * transport(module.weight.detach().flatten(1), A[0]) for module, A in zip(first, mean.alignments)]
+    clipped = mean.layers[0][0]
+    scale = math.sqrt(clipped.dimension)
+    final = [scale * rows for rows in mean.aligned_weights(0)]
+    first = [_matrix(source.network(member, 0), layers[0].name) for member, layers in zip(members, mean.layers)]
+    initial = [scale * transport(rows, A[0]) for rows, A in zip(first, mean.alignments)]
     counts = sorted({min(count, len(members)) for count in shown.counts})
     numbers, bases = {"counts": np.array(counts)}, {}
     for count in counts:
-        covariance = WeightCovariance.fit(weights[:count])
+        covariance = WeightCovariance.fit(final[:count])
         eigenvalues = covariance.eigenvalues.cpu().numpy()
         at_start = WeightCovariance.fit(initial[:count]).eigenvalues.cpu().numpy()
         tail = slice(-(-3 * len(eigenvalues) // 4), None)
@@ -211,48 +208,42 @@ def _many_networks(source, members, layer, shown):
         numbers[f"initial_{count}"] = at_start * np.exp(np.mean(np.log(eigenvalues[tail]) - np.log(at_start[tail])))
         bases[str(count)] = _own_basis(covariance, mean.alignments[0][0])
     fit = fit_decay(eigenvalues, "exponential", shown.fit_ranks)
-    clipped = mean.layers[0][0]
     ranks = sorted({*even_ranks(clipped.dimension), *[d for d in (1, 2, 3, 4, 5, 7, 10) if d < clipped.dimension]})
     accuracies = clipped_accuracies(mean.networks[0], clipped, bases, ranks, source.test(members[0]))
-    return {
-        **numbers,
-        "fit_networks": np.array([fit.amplitude, fit.rate]),
-        "clip_ranks": np.array(ranks),
-        "clip_accuracies": np.array(list(accuracies.values())),
-    }
+    numbers["fit_networks"] = np.array([fit.amplitude, fit.rate])
+    return {**numbers, "clip_ranks": np.array(ranks), "clip_accuracies": np.array(list(accuracies.values()))}
+
+
+def _matrix(network: nn.Module, name: str) -> Tensor:
+    """The weights of a layer as a matrix, complex if they are. # (N, D)"""
+    return network.get_submodule(name).weight.detach().flatten(1)
 
 
 def _own_basis(covariance: WeightCovariance, A: Tensor) -> Tensor:
-    """The principal directions, found in the space that A leads to, as directions of the network's own. # (D, D)"""
+    """The principal directions, found in the space A aligns to, in the space of the network itself. # (D, D)"""
     return transport(complete_basis(covariance.eigenvectors).mH, A.mH.to(covariance.eigenvectors.device)).mH
 
 
-def _many_widths(source, members, layer, shown):
+def _many_widths(source, members, shown):
     """Covariances of the networks of each width, all aligned to the first network of the largest width."""
-    widths = sorted({member.width for member in members})
-    reference = next(member for member in members if member.width == widths[-1])
+    reference = next(member for member in members if member.width == members[-1].width)
     target = source.network(reference)
     names = [each.name for each in source.layers(reference, target)]
     names = [names[j - 1] for j in shown.errors]
-    covariances = {}
-    for width in widths:
+    weights = {}
+    for width in sorted({member.width for member in members}):
         group = [member for member in members if member.width == width and member is not reference]
-        weights = _weights_aligned_to(source, target, group, names)
-        if width == widths[-1]:
-            own = weight_layers(target, names=names)
-            weights.append([math.sqrt(layer.dimension) * layer.get().double() for layer in own])
-        covariances[width] = [WeightCovariance.fit(rows) for rows in zip(*weights)]
-    widest = covariances[widths[-1]]
-    numbers = {
-        f"eigenvalues_width_{width:g}": found[0].eigenvalues.cpu().numpy() for width, found in covariances.items()
-    }
-    fit = fit_decay(numbers[f"eigenvalues_width_{widths[-1]:g}"], "exponential", shown.fit_ranks)
-    errors = [
-        [covariances[width][k].relative_error(widest[k]) for width in widths[:-1]] for k in range(len(shown.errors))
-    ]
+        weights[width] = _weights_aligned_to(source, target, group, names)
+    widest = weights[reference.width]
+    widest.append([math.sqrt(layer.dimension) * layer.get().double() for layer in weight_layers(target, names=names)])
+    covariances = {width: [WeightCovariance.fit(rows) for rows in zip(*found)] for width, found in weights.items()}
+    *narrower, limit = covariances.values()
+    errors = [[found[k].relative_error(limit[k]) for found in narrower] for k in range(len(names))]
+    spectra = {width: found[0].eigenvalues.cpu().numpy() for width, found in covariances.items()}
+    fit = fit_decay(spectra[reference.width], "exponential", shown.fit_ranks)
     return {
-        **numbers,
-        "widths": np.array(widths),
+        **{f"eigenvalues_width_{width:g}": spectrum for width, spectrum in spectra.items()},
+        "widths": np.array(list(weights)),
         "error_layers": np.array(shown.errors),
         "errors": np.array(errors),
         "fit_widths": np.array([fit.amplitude, fit.rate]),
@@ -280,19 +271,13 @@ def imagenet_spectra(source: Source, shown: Shown) -> Numbers:
     for name, (member,) in source.sets(7).items():
         network = source.network(member)
         layers = source.layers(member, network)[:-1]
-        found = moments(
-            [network],
-            [layer.name for layer in layers],
-            source.train(member, shown.images),
-            patches=True,
-            means=False,
-            device=source.device,
-        )
+        images, names = source.train(member, shown.images), [layer.name for layer in layers]
+        found = moments([network], names, images, patches=True, means=False, device=source.device)
         numbers[f"{name}_layers"] = np.arange(1, len(layers) + 1)
         numbers[f"{name}_acc5"] = np.array(source.accuracy(member, top=5))
-        for k, layer in enumerate(layers):
-            numbers[f"{name}_activations_{k + 1}"] = _eigenvalues(found.auto(0, k))
-            numbers[f"{name}_weights_{k + 1}"] = WeightCovariance.fit(layer.get()).eigenvalues.cpu().numpy()
+        for j, layer in enumerate(layers, 1):
+            numbers[f"{name}_activations_{j}"] = _eigenvalues(found.auto(0, j - 1))
+            numbers[f"{name}_weights_{j}"] = WeightCovariance.fit(layer.get()).eigenvalues.cpu().numpy()
     return numbers
 
 
@@ -328,25 +313,23 @@ def training_dynamics(source: Source, shown: Shown) -> Numbers:
     """Figure 9. layer: j; epochs; amplification, cosine: (epochs, ranks); planes: (3, 2) ranks, from 1; trajectories:
     (3, neurons, epochs, 2), weights in these planes of principal directions at the end of training."""
     (member,) = source.sets(9)["network"]
+    trained = source.network(member)
+    name = source.layers(member, trained)[shown.layer - 1].name
     epochs = [epoch for epoch in source.epochs(member) if epoch <= shown.last_epoch]
-    name = source.layers(member, source.network(member))[shown.layer - 1].name
-    weights = [
-        dict(source.network(member, epoch).named_modules())[name].weight.detach().flatten(1)
-        for epoch in [*epochs, None]
-    ]
-    covariance = WeightCovariance.fit(weights[-1])
+    weights = [_matrix(source.network(member, epoch), name) for epoch in epochs]
+    covariance = WeightCovariance.fit(_matrix(trained, name))
     far = max(min(shown.far, len(covariance.eigenvalues) - 1), 2)
     planes = np.array([(1, 2), (1, far), (far, far + 1)])
-    coordinates = torch.stack([covariance.coordinates(w) for w in weights[: len(epochs)]]).real.cpu().numpy()
+    coordinates = torch.stack([covariance.coordinates(w) for w in weights], dim=1).real.cpu().numpy()
+    amplified, cosines = (
+        np.array([measure(w, weights[0], covariance).cpu().numpy() for w in weights])
+        for measure in (amplification, cosine_similarity)
+    )
     return {
         "layer": np.array(shown.layer),
         "epochs": np.array(epochs),
         "planes": planes,
-        "amplification": _per_epoch(amplification, weights, epochs, covariance),
-        "cosine": _per_epoch(cosine_similarity, weights, epochs, covariance),
-        "trajectories": np.array([coordinates[:, :, plane - 1].swapaxes(0, 1) for plane in planes]),
+        "amplification": amplified,
+        "cosine": cosines,
+        "trajectories": np.array([coordinates[:, :, plane - 1] for plane in planes]),
     }
-
-
-def _per_epoch(measure, weights, epochs, covariance):
-    return np.array([measure(w, weights[0], covariance).cpu().numpy() for w in weights[: len(epochs)]])
