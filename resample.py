@@ -4,8 +4,6 @@ Writes checkpoint_repeat{r}.pt, which `main_block.py --resume … --restart --fr
 accuracies.csv: the test accuracy after every layer (repeat, layers sampled, top-1, top-5 in percent).
 """
 
-import csv
-import io
 import sys
 import warnings
 from dataclasses import replace
@@ -25,16 +23,16 @@ from rainbow.widths import checked_widths
 from utils.data.datasets import load_datasets
 from utils.device import describe_device, pick_device
 from utils.errors import UserError, as_user_error, did_you_mean, run_main
-from utils.files import atomic_write, read_json
-from utils.runs import options
+from utils.files import read_json
+from utils.runs import options, samples
 from utils.runs.checkpoints import checkpoint_of, save
 from utils.runs.folder import RunFolder
 from utils.runs.log import RunLog
 from utils.runs.networks import load_network, network_config
+from utils.runs.samples import final_accuracies, read_rows, row_of, write_rows
 from utils.runs.session import describe, failures_noted, hold, refuse_changes, set_precision
 
 TOLERANCE = 2.0  # percent, between machines and precisions
-COLUMNS = ("repeat", "layer", "acc1", "acc5")
 
 
 @as_user_error(kind=RainbowError)
@@ -172,18 +170,13 @@ def known_rows(folder, args, source):
     refuse_changes(folder, "samples", options.SAMPLING, options.SAMPLING.restore(before.get("args"), path), args)
     if before.get("source") != source:
         return None
-    try:
-        with open(folder.path / "accuracies.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError:
-        return []
-    return [row for row in rows if (folder.path / f"checkpoint_repeat{row['repeat']}.pt").exists()]
+    return [row for row in read_rows(folder.path) if (folder.path / f"checkpoint_repeat{row['repeat']}.pt").exists()]
 
 
 def start_over(folder, log, args):
     """Removes older samples; their description goes first, so that nothing is taken for what it is not."""
     log.status("running", 0, args.num_repeats)
-    for name in ("args.json", "log.txt", "accuracies.csv"):
+    for name in ("args.json", "log.txt", samples.NAME):
         (folder.path / name).unlink(missing_ok=True)
     for path in folder.path.glob("checkpoint_repeat*.pt"):
         path.unlink(missing_ok=True)
@@ -204,7 +197,7 @@ def sample_all(folder, log, args, sampler, rows, checkpoint):
         acc1 = sample.accuracies[-1].acc1
         save(folder.path / f"checkpoint_repeat{repeat}.pt", checkpoint(sample.network, best_acc1=acc1))
         rows += [row_of(repeat, accuracy) for accuracy in sample.accuracies]
-        write_rows(folder, rows)
+        write_rows(folder.path, rows)
     return [row for row in rows if int(row["repeat"]) < args.num_repeats]
 
 
@@ -224,25 +217,6 @@ def tell(log, sampler, repeat, accuracy):
     """Says how far a sample is."""
     what = "trained network" if accuracy.layer == 0 else f"layers 1..{accuracy.layer} of {len(sampler.widths)}"
     log.say(f"sample {repeat}: {what}: top-1 {accuracy.acc1:.2f} %, top-5 {accuracy.acc5:.2f} %")
-
-
-def row_of(repeat, accuracy):
-    """A row of accuracies.csv."""
-    return {"repeat": repeat, "layer": accuracy.layer, "acc1": f"{accuracy.acc1:.4f}", "acc5": f"{accuracy.acc5:.4f}"}
-
-
-def write_rows(folder, rows):
-    """Writes accuracies.csv."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(folder.path / "accuracies.csv", lambda file: file.write(text.getvalue().encode()))
-
-
-def final_accuracies(rows):
-    """Top-1 accuracy of each sample with all layers sampled."""
-    return list({row["repeat"]: float(row["acc1"]) for row in rows}.values())
 
 
 def summary(rows):

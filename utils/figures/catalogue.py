@@ -72,7 +72,9 @@ FIGURES = {
     figure.number: figure
     for figure in (
         Figure(1, "gaussian_histograms", "Whitened weights are Gaussian", (7, 5.2), _by_rank_and_layer),
-        Figure(2, "marchenko_pastur", "Coloured and whitened spectra", (7.5, 4), _by_layer("coloured", "white")),
+        Figure(
+            2, "marchenko_pastur", "Spectra of coloured and whitened weights", (7.5, 4), _by_layer("coloured", "white")
+        ),
         Figure(3, "resampling_width", "Accuracy of rainbow networks", (4.6, 3.4), _fixed(["accuracy"])),
         Figure(4, "activation_spectra", "Spectra of activations", (7.5, 3.4), _fixed(["widths", "layers"])),
         Figure(

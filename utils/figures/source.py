@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,21 +21,12 @@ from utils.experiments.registry import Experiment, figure_sets
 from utils.experiments.status import read_state
 from utils.runs.folder import RunFolder
 from utils.runs.networks import load_network
-
-DATA_ARGUMENTS = (
-    "dataset",
-    "data",
-    "data_dir",
-    "grayscale",
-    "data_subset",
-    "classes_subset",
-    "resize_images",
-    "randomize_labels",
-)
+from utils.runs.options import TRAINING
+from utils.runs.samples import final_accuracies, read_rows
 
 
 class Batches:
-    """An iterable that can be gone through again and again, with a progress bar each time where there is a terminal."""
+    """An iterable for many passes, with a progress bar in each if stderr is a terminal."""
 
     def __init__(self, make: Callable[[], Iterable], count: int, text: str, quiet: bool = False):
         self._make, self._count, self._text, self._quiet = make, count, text, quiet
@@ -46,16 +36,15 @@ class Batches:
 
     def __iter__(self):
         batches = itertools.islice(self._make(), self._count)
-        return iter(
-            tqdm(batches, desc=f"  {self._text}", total=self._count, leave=False, disable=True if self._quiet else None)
-        )
+        disable = True if self._quiet else None  # None: unless stderr is a terminal
+        return iter(tqdm(batches, desc=f"  {self._text}", total=self._count, leave=False, disable=disable))
 
 
 class Source:
-    """The networks, images and accuracies that the experiments of a scale have left in the folder `checkpoints`.
+    """The networks, images and accuracies left by the experiments of a scale in the folder `checkpoints`.
 
-    places: where data sets are on this machine, {"data": ..., "data_dir": ...}, in place of where training found
-    them. batch: images at a time. Methods raise UserError where a run is not there or its files are damaged.
+    places: folders of data sets that have moved since training, {"data": ..., "data_dir": ...}. batch: images at a
+    time. Methods raise UserError if a run is missing or its files are damaged.
     """
 
     def __init__(
@@ -82,7 +71,7 @@ class Source:
         return [experiment for members in self.sets(figure).values() for experiment in members]
 
     def require(self, figure: int) -> None:
-        """Raises UserError, with the command that makes them, where experiments of a figure are not finished."""
+        """Raises UserError, with the command that runs them, if experiments of a figure are not finished."""
         wanted = self.experiments(figure)
         missing = [experiment.name for experiment in wanted if read_state(self.root, experiment).name != "finished"]
         if missing:
@@ -91,7 +80,7 @@ class Source:
             names = "".join(f"\n  {name}" for name in missing[:5]) + ("\n  ..." if len(missing) > 5 else "")
             raise UserError(
                 f"figure {figure}: {len(missing)} of its {len(wanted)} experiments are not finished in "
-                f"{self.root}; make them with: {command}{names}"
+                f"{self.root}; run them with: {command}{names}"
             )
 
     def files(self, figure: int) -> list[Path]:
@@ -107,30 +96,19 @@ class Source:
         return [self.network(member) for member in Batches(lambda: members, len(members), "networks", self.quiet)]
 
     def epochs(self, experiment: Experiment) -> list[int]:
-        """The epochs whose checkpoints are there, increasing."""
+        """The epochs whose checkpoints were kept, increasing."""
         return RunFolder(self.root, experiment.name).epochs()
 
     def train(self, experiment: Experiment, limit: int | None = None) -> Batches:
         """The training images, not augmented, or about `limit` of them: the same ones each time."""
-        images, workers = self._datasets(experiment).train, self._args(experiment).workers
+        images = self._datasets(experiment).train
         few = limit is not None and limit < len(images)
-        count = -(-(limit if few else len(images)) // self.batch)
-        return Batches(
-            lambda: images.loader(self.batch, shuffle=few, workers=workers, device=self.device),
-            count,
-            "training images",
-            self.quiet,
-        )
+        return self._batches(experiment, images, "training images", limit if few else len(images), shuffle=few)
 
     def test(self, experiment: Experiment) -> Batches:
         """The test images."""
-        images, workers = self._datasets(experiment).val, self._args(experiment).workers
-        return Batches(
-            lambda: images.loader(self.batch, workers=workers, device=self.device),
-            -(-len(images) // self.batch),
-            "test images",
-            self.quiet,
-        )
+        images = self._datasets(experiment).val
+        return self._batches(experiment, images, "test images", len(images))
 
     def layers(self, experiment: Experiment, network: nn.Module) -> list[Layer]:
         """The weight layers W_1, ..., W_{J+1} of a network, without the projections of shortcuts."""
@@ -139,18 +117,17 @@ class Source:
         return [layer for layer in weight_layers(network, example) if "downsample" not in layer.name]
 
     def mean_network(self, members: Sequence[Experiment], layers: Sequence[int]) -> MeanNetwork:
-        """The mean network of a set at the weight layers j only, by position; kept for the next figure."""
+        """The mean network of a set at its weight layers j; kept for the next figure."""
         key = tuple(member.name for member in members), tuple(layers)
         if key not in self._means:
             networks = self.networks(members)
             names = [layer.name for layer in self.layers(members[0], networks[0])]
-            self._means[key] = MeanNetwork.fit(
-                networks, self.train(members[0]), device=self.device, layers=[names[j - 1] for j in layers]
-            )
+            chosen, images = [names[j - 1] for j in layers], self.train(members[0])
+            self._means[key] = MeanNetwork.fit(networks, images, device=self.device, layers=chosen)
         return self._means[key]
 
     def accuracy(self, experiment: Experiment, top: int = 1) -> float:
-        """Top-1 or top-5 test accuracy in percent at the end of training."""
+        """Top-1 or top-5 test accuracy in percent after training."""
         state = read_state(self.root, experiment)
         accuracy = state.acc1 if top == 1 else state.acc5
         if accuracy is None:
@@ -158,16 +135,16 @@ class Source:
         return float(accuracy)
 
     def sampled_accuracies(self, experiment: Experiment) -> np.ndarray:
-        """Top-1 test accuracy in percent of every rainbow network that was sampled. # (repeats,)"""
-        path = self.root / experiment.name / "accuracies.csv"
-        try:
-            with open(path, newline="") as file:
-                last = {row["repeat"]: float(row["acc1"]) for row in csv.DictReader(file)}
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: not the accuracies that resample.py writes ({error})") from None
-        if not last:
-            raise UserError(f"{path}: holds no accuracy")
-        return np.array(list(last.values()))
+        """Top-1 test accuracy in percent of every rainbow network sampled. # (repeats,)"""
+        folder = self.root / experiment.name
+        accuracies = final_accuracies(read_rows(folder))
+        if not accuracies:
+            raise UserError(f"{folder}: no accuracies of samples; run resample.py")
+        return np.array(accuracies)
+
+    def _batches(self, experiment, images, text, count, **options):
+        options.update(workers=self._args(experiment).workers, device=self.device)
+        return Batches(lambda: images.loader(self.batch, **options), -(-count // self.batch), text, self.quiet)
 
     def _args(self, experiment):
         args = RunFolder(self.root, experiment.name).args()
@@ -175,7 +152,7 @@ class Source:
 
     def _datasets(self, experiment):
         args = self._args(experiment)
-        key = tuple(str(getattr(args, name, None)) for name in DATA_ARGUMENTS)
+        key = tuple(str(getattr(args, option.field)) for option in TRAINING.options if option.group == "data")
         if key not in self._data:
             self._data[key] = load_datasets(args)
         return self._data[key]
