@@ -160,7 +160,7 @@ def the_exercises_have_their_solutions(n):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
-def test_the_tutorial_runs_on_photographs(monkeypatch):
+def test_the_tutorial_runs_on_gray_standardised_photographs(monkeypatch):
     def photographs(root, train, download):
         targets = np.arange(400 if train else 100) % 10
         images = np.random.RandomState(int(train)).randint(0, 128, (len(targets), 32, 32, 3))
@@ -174,4 +174,9 @@ def test_the_tutorial_runs_on_photographs(monkeypatch):
         sources[0] = sources[0].replace(before, after)
     variables = {}
     run(["import torch\ntorch.set_num_threads(1)", *sources], variables)
-    assert variables["data"].shape == (1, 32, 32) and variables["C_phi"][0].shape == (1024, 1024)
+    data = variables["data"]
+    assert (len(data.x_train), len(data.x_test), data.shape) == (400, 100, (1, 32, 32))
+    assert abs(data.x_train.mean()) < 1e-5 and abs(data.x_train.std() - 1) < 1e-5
+    gray = photographs(None, False, True).data.mean(3)
+    assert np.corrcoef(gray.ravel(), data.x_test.cpu().numpy().ravel())[0, 1] > 1 - 1e-6
+    assert variables["C_phi"][0].shape == (1024, 1024)

@@ -2,7 +2,6 @@
 
 import ast
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +10,20 @@ import torch
 import torch.nn.functional as F
 
 import tutorial_lib as lib
+from rainbow import Alignment, WeightCovariance, weight_layers
+from rainbow.alignment import alignment_error, transport
+from rainbow.clipping import clipped_accuracies
+from rainbow.moments import moments
 from tests.conftest import ROOT
+from utils.data.datasets import load_datasets
+from utils.runs.options import parse
 
 NETWORKS = {"MLP": (lib.MLP, (24, 16)), "CNN": (lib.CNN, (6, 8))}
-on_cpu = pytest.mark.skipif(lib.pick_device().type != "cpu", reason="compares tensors bit by bit on the CPU")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Matrices this small gain nothing from threads, and on a busy machine lose much."""
+    """Matrices this small gain nothing from threads, and lose much on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,22 +46,25 @@ def random_matrix(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# the library is what a class can read
+def identity(size):
+    return torch.eye(size, dtype=torch.float64)
 
 
-def test_is_short_and_stands_alone():
+# the library is short and stands alone
+
+
+def test_it_is_short_and_stands_alone():
     source = (ROOT / "tutorial_lib.py").read_text()
     assert len(source.splitlines()) <= 350
     imported = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported |= {name.split(".")[0] for name in names}
     assert imported <= sys.stdlib_module_names | {"matplotlib", "numpy", "sklearn", "torch", "torchvision"}
 
 
-# data
+# data and networks
 
 
 def test_digits_are_split_and_standardised(data):
@@ -65,27 +72,8 @@ def test_digits_are_split_and_standardised(data):
     assert abs(data.x_train.mean()) < 1e-5 and abs(data.x_train.std() - 1) < 1e-5
     again = lib.load_data("digits")
     assert torch.equal(again.x_test, data.x_test) and torch.equal(again.y_test, data.y_test)
-
-
-def test_an_unknown_data_set_is_refused():
     with pytest.raises(ValueError, match="'digits' or 'cifar10'"):
         lib.load_data("mnist")
-
-
-def test_cifar_is_gray_and_standardised(monkeypatch, tmp_path):
-    def photographs(root, train, download):
-        images = np.random.RandomState(int(train)).randint(0, 256, (20 if train else 10, 32, 32, 3), dtype=np.uint8)
-        return SimpleNamespace(data=images, targets=[k % 10 for k in range(len(images))])
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", photographs)
-    data = lib.load_data("cifar10", tmp_path)
-    assert (len(data.x_train), len(data.x_test), data.shape) == (20, 10, (1, 32, 32))
-    assert abs(data.x_train.mean()) < 1e-5 and abs(data.x_train.std() - 1) < 1e-5
-    gray = photographs(None, False, True).data.mean(3)
-    assert np.corrcoef(gray.ravel(), data.x_test.cpu().numpy().ravel())[0, 1] > 1 - 1e-6
-
-
-# networks
 
 
 def test_networks_compute_the_formula(pair, data):
@@ -99,29 +87,25 @@ def test_networks_compute_the_formula(pair, data):
     assert torch.allclose(net(x), phi_2.flatten(1) @ W[2].T, atol=1e-6)
 
 
-def test_the_seed_makes_the_network(data):
-    torch.manual_seed(5)
+def test_the_seed_alone_makes_the_network(data):
     state = torch.get_rng_state()
-    nets = [lib.MLP(data.shape, (8, 4), seed=seed) for seed in (3, 3, 4)]
-    assert torch.equal(nets[0].weight(1), nets[1].weight(1)) and not torch.equal(nets[0].weight(1), nets[2].weight(1))
-    assert torch.equal(torch.get_rng_state(), state)
+    a, same, b = (lib.MLP(data.shape, (8, 4), seed=seed).weight(1) for seed in (3, 3, 4))
+    assert torch.equal(a, same) and not torch.equal(a, b) and torch.equal(torch.get_rng_state(), state)
 
 
-@on_cpu
+@pytest.mark.skipif(lib.pick_device().type != "cpu", reason="only a CPU repeats bit by bit")
 def test_training_learns_and_repeats(data):
     nets = [lib.train(lib.MLP(data.shape, (32, 16)), data, epochs=3, lr=0.05, batch_size=32, seed=1) for _ in range(2)]
     assert torch.equal(nets[0].weight(2), nets[1].weight(2))
     assert lib.accuracies(nets, data)[0] > 80
 
 
-def test_many_networks_at_once_are_each_on_its_own(pair, data):
-    one_by_one = [lib.accuracies([net], data, batch_size=37)[0] for net in pair]
-    assert lib.accuracies(pair, data) == pytest.approx(one_by_one)
-    right = (pair[0](data.x_test).argmax(1) == data.y_test).double().mean()
-    assert one_by_one[0] == pytest.approx(100 * right.item())
+def test_accuracies_of_many_networks_are_those_of_each(pair, data):
+    right = [(net(data.x_test).argmax(1) == data.y_test).double().mean().item() for net in pair]
+    assert lib.accuracies(pair, data, batch_size=37) == pytest.approx([100 * share for share in right])
 
 
-def test_setting_a_weight_gives_it_back(pair):
+def test_a_weight_that_was_set_is_given_back(pair):
     for net in pair:
         for j in (1, 2, 3):
             W = random_matrix(*net.weight(j).shape)
@@ -141,21 +125,21 @@ def test_streamed_covariances_are_those_in_memory(pair, data):
         assert torch.allclose(K, phi_a.T @ phi_b / len(phi_a), rtol=1e-4, atol=1e-6)
 
 
-def test_weight_covariance_of_many_rows_is_the_one_drawn_from():
+def test_the_covariance_of_many_rows_is_the_one_they_were_drawn_from():
     root = random_matrix(12, 12)
     C = root @ root.T
-    errors = []
-    for n in (1000, 100000):
-        found = lib.weight_covariance(lib.gaussian_rows(n, C, torch.Generator().manual_seed(0)))
-        errors.append(((found - C).norm() / C.norm()).item())
+    found = [lib.weight_covariance(lib.gaussian_rows(n, C, torch.Generator().manual_seed(0))) for n in (1000, 100000)]
+    errors = [((C_n - C).norm() / C.norm()).item() for C_n in found]
     assert errors[1] < 0.02 and errors[0] / errors[1] > 4  # like 1/sqrt(n): 10
 
 
-def test_pca_rebuilds_the_covariance():
+def test_pca_rebuilds_the_covariance_and_white_keeps_its_variance():
     C = lib.weight_covariance(random_matrix(50, 9))
     values, E = lib.pca(C)
-    assert torch.allclose((E * values) @ E.T, C) and torch.allclose(E.T @ E, torch.eye(9, dtype=torch.float64))
+    assert torch.allclose((E * values) @ E.T, C) and torch.allclose(E.T @ E, identity(9))
     assert (values.diff() <= 0).all()
+    assert lib.white(C).trace() == pytest.approx(C.trace().item())
+    assert torch.equal(lib.white(C), lib.white(C)[0, 0] * identity(9))
 
 
 def test_overlap_of_spaces():
@@ -164,12 +148,6 @@ def test_overlap_of_spaces():
     assert lib.overlap(E, torch.cat([E[:, [2, 1, 0]], E[:, 3:]], 1), 3) == pytest.approx(1)
     by_chance = np.mean([lib.overlap(E, lib.random_basis(10, seed), 4) for seed in range(1, 300)])
     assert by_chance == pytest.approx(0.4, abs=0.02)
-
-
-def test_white_covariance_keeps_the_variance():
-    C = lib.weight_covariance(random_matrix(30, 7))
-    assert lib.white(C).trace() == pytest.approx(C.trace().item())
-    assert torch.equal(lib.white(C), lib.white(C)[0, 0] * torch.eye(7, dtype=torch.float64))
 
 
 # clipping
@@ -181,13 +159,8 @@ def test_clipping_to_all_directions_changes_nothing(pair, data):
         D = net.weight(j).flatten(1).shape[1]
         assert torch.allclose(lib.clip(net, j, lib.random_basis(D), D)(x), net(x), atol=1e-5)
         assert lib.clip(net, j, lib.random_basis(D), 0)(x).abs().max() == 0
-
-
-def test_clipping_to_the_own_directions_of_few_rows_changes_nothing(pair, data):
-    net = pair[0]
     _, E = lib.pca(lib.weight_covariance(net.weight(3)))
-    clipped = lib.clip(net, 3, E, 10)  # ten rows span ten directions
-    assert torch.allclose(clipped(data.x_test[:20]), net(data.x_test[:20]), atol=1e-5)
+    assert torch.allclose(lib.clip(net, 3, E, 10)(x), net(x), atol=1e-5)  # ten rows span ten directions
 
 
 def test_clipping_weights_is_projecting_activations(data):
@@ -209,16 +182,12 @@ def test_accuracies_by_rank_go_from_none_to_all(pair, data):
 # alignment
 
 
-def test_alignment_is_procrustes():
-    a, b = random_matrix(200, 8), random_matrix(200, 8, seed=1)
+def test_alignment_is_procrustes_and_finds_a_rotation():
+    a, b, R = random_matrix(200, 8), random_matrix(200, 8, seed=1), lib.random_basis(8)
     assert torch.allclose(lib.alignment(a.T @ b), torch.tensor(scipy.linalg.orthogonal_procrustes(a, b)[0]))
-
-
-def test_a_rotated_copy_aligns_with_its_rotation():
-    phi, R = random_matrix(200, 8), lib.random_basis(8)
-    A = lib.alignment(phi.T @ (phi @ R))
+    A = lib.alignment(a.T @ (a @ R))
     assert torch.allclose(A, R)
-    assert torch.allclose(lib.alignment((phi @ A).T @ (phi @ R)), torch.eye(8, dtype=torch.float64))  # nothing left
+    assert torch.allclose(lib.alignment((a @ A).T @ (a @ R)), identity(8))  # nothing left
 
 
 def test_no_other_rotation_is_better(pair, data):
@@ -233,21 +202,19 @@ def test_no_other_rotation_is_better(pair, data):
 
 
 def test_a_network_explains_itself(pair, data):
-    net = pair[0]
-    A = lib.alignments(net, net, data.x_train)
-    assert lib.explained(A, net, net, data.x_test) == pytest.approx([1, 1, 1], abs=1e-5)
+    A = lib.alignments(pair[0], pair[0], data.x_train)
+    assert lib.explained(A, pair[0], pair[0], data.x_test) == pytest.approx([1, 1, 1], abs=1e-5)
 
 
 def test_a_permuted_copy_is_found_and_computes_the_same(pair, data):
     net = pair[0]
-    order = torch.randperm(net.widths[0], generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(net.widths[0])
     permuted = net.copy()
     permuted.set_weight(1, net.weight(1)[order])
     permuted.set_weight(2, net.weight(2)[:, order])
     assert torch.allclose(permuted(data.x_test), net(data.x_test), atol=1e-5)
     A = lib.alignments(net, permuted, data.x_train)
-    P = torch.eye(net.widths[0], dtype=torch.float64)[:, order]
-    assert torch.allclose(A[1], P, atol=1e-3)
+    assert torch.allclose(A[1], identity(net.widths[0])[:, order], atol=1e-3)
     assert torch.allclose(lib.rotate(net.weight(2), A[1]), permuted.weight(2), atol=1e-3)
     assert lib.explained(A, net, permuted, data.x_test)[1:] == pytest.approx([1, 1], abs=1e-5)
 
@@ -256,8 +223,8 @@ def test_networks_of_other_widths_align_partially(data):
     narrow, wide = lib.MLP(data.shape, (8, 6)), lib.MLP(data.shape, (24, 16), seed=1)
     A = lib.alignments(narrow, wide, data.x_train)
     assert [tuple(A_j.shape) for A_j in A] == [(64, 64), (8, 24), (6, 16)]
-    assert torch.equal(A[0], torch.eye(64, dtype=torch.float64))  # also where some pixels are always empty
-    assert torch.allclose(A[1] @ A[1].T, torch.eye(8, dtype=torch.float64))
+    assert torch.equal(A[0], identity(64))  # even if some pixels are always empty
+    assert torch.allclose(A[1] @ A[1].T, identity(8))
 
 
 def test_rotated_kernels_see_rotated_channels():
@@ -302,12 +269,7 @@ def small_loader(data):
     return list(zip(data.x_train[:600].split(100), data.y_train[:600].split(100)))
 
 
-def test_covariances_and_alignments_equal_those_of_utils(pair, data):
-    from rainbow import weight_layers
-    from rainbow.alignment import Alignment, alignment_error, transport
-    from rainbow.covariance import WeightCovariance
-    from rainbow.moments import moments
-
+def test_covariances_and_alignments_equal_those_of_rainbow(pair, data):
     a, b = pair
     loader, x = small_loader(data), data.x_train[:600]
     names = [layer.name for layer in weight_layers(a, loader)]
@@ -315,38 +277,32 @@ def test_covariances_and_alignments_equal_those_of_utils(pair, data):
     found = moments([a, b], names, loader, cross=0)
     theirs = Alignment().fit(a, b, loader, layers=names)
     K, A = lib.activation_covariances(b, a, x), lib.alignments(a, b, x)
+    own, explained = lib.activation_covariances(a, a, x), lib.explained(A, a, b, x)
     for j in (1, 2):  # phi_1 and phi_2: the inputs of the second and of the third layer
         name = names[j]
         assert torch.allclose(found.cross(1, 0, name).cpu(), K[j], rtol=1e-4, atol=1e-6)
-        assert torch.allclose(found.auto(0, name).cpu(), lib.activation_covariances(a, a, x)[j], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found.auto(0, name).cpu(), own[j], rtol=1e-4, atol=1e-6)
         assert torch.allclose(theirs.matrices[j].cpu(), A[j], atol=1e-3)
         W = lib.rotate(a.weight(j + 1), A[j]).flatten(1)
         assert torch.allclose(transport(a.weight(j + 1).flatten(1), A[j]), W)
         assert torch.allclose(WeightCovariance.fit(W).matrix(), lib.weight_covariance(W), atol=1e-8)
         aa, bb = found.energy(0, name), found.energy(1, name)
-        cross = aa + bb - (1 - lib.explained(A, a, b, x)[j]) * bb  # 2 E<phi_a A, phi_b>
+        cross = aa + bb - (1 - explained[j]) * bb  # 2 E<phi_a A, phi_b>
         assert alignment_error(A[j], K[j].T, aa, bb) == pytest.approx(2 - cross / (aa * bb) ** 0.5, abs=1e-4)
 
 
-def test_clipping_equals_that_of_utils(pair, data):
-    from rainbow import weight_layers
-    from rainbow.clipping import clipped_accuracies
-
+def test_clipping_equals_that_of_rainbow(pair, data):
     a, loader = pair[0], small_loader(data)
     lib.train(a, data, epochs=2, lr=0.05, batch_size=32)
-    batches = [(data.x_test, data.y_test)]
     for j, layer in zip((1, 2, 3), weight_layers(a, loader)):
         _, E = lib.pca(lib.weight_covariance(a.weight(j)))
         ours = lib.accuracies_by_rank(a, j, E, data)
         ranks = [d for d in ours if d > 0]
-        theirs = clipped_accuracies(a, layer, {"weights": E}, ranks, batches)["weights"]
+        theirs = clipped_accuracies(a, layer, {"weights": E}, ranks, [(data.x_test, data.y_test)])["weights"]
         assert theirs == pytest.approx([ours[d] for d in ranks], abs=0.21)  # one picture of 500
 
 
 def test_digits_are_those_of_utils(data):
-    from utils.data.datasets import load_datasets
-    from utils.runs.options import parse
-
     network = "--psi-arch mod --n-blocks 1 --Pr-size 8 --scat-angles 4 --dir unused".split()
     sets = load_datasets(parse(["--digits", "-a", "Fw Std Pr N", *network]))
     images, labels = next(iter(sets.val.loader(500, shuffle=False)))
