@@ -54,19 +54,20 @@ class Figure:
 
 
 def _fixed(*rows):
-    return lambda data: list(map(list, rows))
+    return lambda data: [row.split() for row in rows]
 
 
 def _by_layer(*rows):
-    return lambda data: [[f"{row} j{k}" for k in range(len(data["layers"]))] for row in rows]
+    return lambda data: [[f"{row}_{k}" for k in range(len(data["layers"]))] for row in rows]
 
 
 def _by_rank_and_layer(data):
-    return _by_layer(*(f"r{i}" for i in range(len(data["ranks"]))))(data)
+    return _by_layer(*range(len(data["ranks"])))(data)
 
 
-_PAIRS = (("scattering activations", "scattering weights"), ("resnet activations", "resnet weights"))
-_DYNAMICS = (("amplification",) * 3 + ("cosine",) * 3, ("plane 0",) * 2 + ("plane 1",) * 2 + ("plane 2",) * 2)
+_SPECTRA = _fixed("scattering_activations scattering_weights", "resnet_activations resnet_weights")
+_DYNAMICS = _fixed("amplification " * 3 + "cosine " * 3, "plane_0 " * 2 + "plane_1 " * 2 + "plane_2 " * 2)
+_COVARIANCES = "Covariances converge with networks and with width"
 
 FIGURES = {
     figure.number: figure
@@ -75,20 +76,12 @@ FIGURES = {
         Figure(
             2, "marchenko_pastur", "Spectra of coloured and whitened weights", (7.5, 4), _by_layer("coloured", "white")
         ),
-        Figure(3, "resampling_width", "Accuracy of rainbow networks", (4.6, 3.4), _fixed(["accuracy"])),
-        Figure(4, "activation_spectra", "Spectra of activations", (7.5, 3.4), _fixed(["widths", "layers"])),
-        Figure(
-            5, "alignment_convergence", "Activations converge with width", (7.5, 3.2), _fixed(["scattering", "resnet"])
-        ),
-        Figure(
-            6,
-            "covariance_convergence",
-            "Covariances converge with networks and with width",
-            (7.5, 5.8),
-            _fixed(["networks", "widths"], ["clipped", "errors"]),
-        ),
-        Figure(7, "imagenet_spectra", "Spectra of large networks", (7.5, 6), _fixed(*_PAIRS)),
+        Figure(3, "resampling_width", "Accuracy of rainbow networks", (4.6, 3.4), _fixed("accuracy")),
+        Figure(4, "activation_spectra", "Spectra of activations", (7.5, 3.4), _fixed("widths layers")),
+        Figure(5, "alignment_convergence", "Activations converge with width", (7.5, 3.2), _fixed("scattering resnet")),
+        Figure(6, "covariance_convergence", _COVARIANCES, (7.5, 5.8), _fixed("networks widths", "clipped errors")),
+        Figure(7, "imagenet_spectra", "Spectra of large networks", (7.5, 6), _SPECTRA),
         Figure(8, "clipping", "Clipped networks", (7.5, 4.4), _by_layer("variance", "accuracy")),
-        Figure(9, "training_dynamics", "Training amplifies the weights", (7.5, 5.6), _fixed(*_DYNAMICS)),
+        Figure(9, "training_dynamics", "Training amplifies the weights", (7.5, 5.6), _DYNAMICS),
     )
 }

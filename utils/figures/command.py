@@ -43,17 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
-    gallery = Gallery(
-        args.scale,
-        args.recompute,
-        args.device,
-        checkpoints=args.checkpoints,
-        places={"data": args.data, "data_dir": args.data_dir},
-        batch=args.batch_size,
-        out=args.out,
-        root=args.numbers,
-        command="python -m utils.figures " + " ".join(sys.argv[1:] if argv is None else argv),
-    )
+    places = {"data": args.data, "data_dir": args.data_dir}
+    options = {"checkpoints": args.checkpoints, "places": places, "batch": args.batch_size}
+    by = "python -m utils.figures " + " ".join(sys.argv[1:] if argv is None else argv)
+    gallery = Gallery(args.scale, args.recompute, args.device, out=args.out, root=args.numbers, by=by, **options)
     failed = False
     for number in args.figure:
         print(f"figure {number}: {FIGURES[number].title}", flush=True)

@@ -9,7 +9,6 @@ from utils.figures.claims import nearest
 
 
 def gaussian_histograms(numbers, paper):
-    """Figure 1."""
     for i, rank in enumerate(paper["ranks"]):
         for k, layer in enumerate(paper["layers"]):
             ours = f"{numbers['p_values'][i, k]:.3f} (r = {numbers['ranks'][i]}, j = {numbers['layers'][k]})"
@@ -17,7 +16,6 @@ def gaussian_histograms(numbers, paper):
 
 
 def marchenko_pastur(numbers, paper):
-    """Figure 2."""
     for name in ("coloured", "white"):
         for k, layer in enumerate(paper["layers"]):
             published, ours = (f"{100 * n[f'outside_{name}'][k]:.1f} %" for n in (paper, numbers))
@@ -25,7 +23,6 @@ def marchenko_pastur(numbers, paper):
 
 
 def resampling_width(numbers, paper):
-    """Figure 3."""
     for name, title in (("trained", "trained"), ("retrained", "rainbow + trained classifier"), ("rainbow", "rainbow")):
         ours = dict(zip(numbers["widths"], numbers[name]))
         for width, value in zip(paper["widths"], paper[name]):
@@ -33,7 +30,6 @@ def resampling_width(numbers, paper):
 
 
 def alignment_convergence(numbers, paper):
-    """Figure 5."""
     (first, low, high), widths = paper["scattering_errors"], numbers["scattering_widths"]
     for k, about in ((0, "about"), (-1, "below")):
         at, (own, *others) = f"s = {paper['scattering_widths'][k]:g}", numbers["scattering_errors"][:, k]
@@ -44,7 +40,6 @@ def alignment_convergence(numbers, paper):
 
 
 def covariance_convergence(numbers, paper):
-    """Figure 6, clipped networks."""
     ranks, accuracies, full = numbers["clip_ranks"], numbers["clip_accuracies"][-1], paper["clip_ranks"][-1]
     for rank, value in zip(paper["clip_ranks"], paper["clip_accuracies"][-1]):
         place = nearest(ranks, rank / full * ranks[-1])
@@ -53,19 +48,17 @@ def covariance_convergence(numbers, paper):
 
 
 def imagenet_spectra(numbers, paper):
-    """Figure 7."""
     for name in ("scattering", "resnet"):
         yield f"top-5 accuracy, {name}", f"{paper[f'{name}_acc5']} %", f"{numbers[f'{name}_acc5']:.1f} %"
 
 
 def clipping(numbers, paper):
-    """Figure 8, at the ranks up to D / 5."""
     shares = paper["ranks"] / paper["ranks"][-1]
     for layer, own in zip(paper["layers"], numbers["layers"]):
         ranks = numbers[f"ranks_{own}"]
         for basis in ("weight", "kernel", "random"):
-            published = paper.arrays.get(f"accuracy_{basis}_{layer}", [])
-            for share, value in list(zip(shares, published))[1:7]:
+            published = paper.get(f"accuracy_{basis}_{layer}", [])
+            for share, value in list(zip(shares, published))[1:7]:  # up to D / 5
                 ours = numbers[f"accuracy_{basis}_{own}"][nearest(ranks, share * ranks[-1])]
                 what = f"{basis} basis, j = {layer}, d = {100 * share:.0f} % of D"
                 yield what, f"{value:.1f} %", f"{ours:.1f} % (j = {own})"

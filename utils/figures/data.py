@@ -11,10 +11,11 @@ import hashlib
 import json
 import subprocess
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from utils.errors import UserError
 from utils.experiments.published import load_published
@@ -23,18 +24,12 @@ from utils.files import atomic_write
 ROOT = Path("notebook_data")
 
 
-@dataclass(frozen=True)
-class FigureData:
-    """The numbers of one figure: `arrays` by name, and their `provenance`."""
+class FigureData(dict):
+    """The numbers of one figure: arrays by name, and their `provenance`."""
 
-    arrays: dict[str, np.ndarray]
-    provenance: dict
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.arrays
+    def __init__(self, numbers: Mapping[str, ArrayLike], provenance: dict):
+        super().__init__((name, np.asarray(values)) for name, values in numbers.items())
+        self.provenance = provenance
 
 
 def data_path(scale: str, name: str, root: Path = ROOT) -> Path:
@@ -46,14 +41,14 @@ def save_numbers(path: Path, data: FigureData) -> None:
     """Write the numbers, the whole file or nothing. Raises WriteError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = np.array(json.dumps(data.provenance, ensure_ascii=False))
-    atomic_write(path, lambda file: np.savez_compressed(file, provenance=text, **data.arrays))
+    atomic_write(path, lambda file: np.savez_compressed(file, provenance=text, **data))
 
 
 def load_numbers(path: Path) -> FigureData:
     """Read what `save_numbers` wrote. Raises UserError if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = dict(file)
         provenance = json.loads(str(arrays.pop("provenance")))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; compute the numbers with --recompute") from None
@@ -68,7 +63,7 @@ def published_numbers(name: str) -> FigureData | None:
     if entries is None:
         return None
     provenance = {key: entries.pop(key) for key in ("source", "note")}
-    return FigureData({key: np.array(values) for key, values in entries.items()}, provenance)
+    return FigureData(entries, provenance)
 
 
 def provenance(command: str, experiments: list[str], key: str) -> dict:

@@ -42,11 +42,11 @@ def width_label(width: float) -> str:
 
 
 def gaussian_histograms(axes: Panels, numbers: FigureData, published: Published = None) -> None:
-    """Figure 1: whitened aligned weights along principal directions against N(0, 1); axes "r0 j0" and so on."""
+    """Figure 1: whitened aligned weights along principal directions against N(0, 1); axes RANK_LAYER."""
     x = np.linspace(-4, 4, 201)
     for row, rank in enumerate(numbers["ranks"]):
         for column, layer in enumerate(numbers["layers"]):
-            ax = axes[f"r{row} j{column}"]
+            ax = axes[f"{row}_{column}"]
             ax.stairs(numbers["density"][row, column], numbers["edges"], fill=True, color="tab:blue", alpha=0.6)
             ax.plot(x, stats.norm.pdf(x), color="tab:red")
             ax.set(xlim=(-4, 4), ylim=(0, 0.5), title=f"$j = {layer}$, $r = {rank}$")
@@ -64,7 +64,7 @@ def marchenko_pastur(axes: Panels, numbers: FigureData, published: Published = N
     """Figure 2: spectra of W_j (above) and of the whitened G_j (below) against Marchenko–Pastur."""
     for column, (layer, q) in enumerate(zip(numbers["layers"], numbers["q"])):
         for name, symbol, color in (("coloured", "W", "tab:purple"), ("white", "G", "tab:blue")):
-            ax = axes[f"{name} j{column}"]
+            ax = axes[f"{name}_{column}"]
             _spectrum_against_bulk(ax, numbers[f"{name}_{layer}"], float(q), color)
             text = f"{100 * numbers[f'outside_{name}'][column]:.1f} % outside"
             if published is not None:
@@ -200,7 +200,7 @@ def imagenet_spectra(axes: Panels, numbers: FigureData, published: Published = N
     """Figure 7: spectra of activations (spread out by layer) and of weights, of both large networks."""
     for name, title in NETWORKS.items():
         layers = numbers[f"{name}_layers"]
-        activations, weights = axes[f"{name} activations"], axes[f"{name} weights"]
+        activations, weights = axes[f"{name}_activations"], axes[f"{name}_weights"]
         for row, (layer, color) in enumerate(zip(layers, shades("plasma", len(layers)))):
             offset = 10 ** (3 * row / max(len(layers) - 1, 1))
             _spectrum(activations, numbers[f"{name}_activations_{layer}"], color, f"$j = {layer}$", offset)
@@ -218,7 +218,7 @@ def imagenet_spectra(axes: Panels, numbers: FigureData, published: Published = N
 def clipping(axes: Panels, numbers: FigureData, published: Published = None) -> None:
     """Figure 8: explained variance of the weights (above) and accuracy (below) against rank in three bases."""
     for column, layer in enumerate(numbers["layers"]):
-        variance, accuracy = axes[f"variance j{column}"], axes[f"accuracy j{column}"]
+        variance, accuracy = axes[f"variance_{column}"], axes[f"accuracy_{column}"]
         ranks = numbers[f"ranks_{layer}"]
         for name, (label, color, style) in BASES.items():
             variance.plot(ranks, 100 * numbers[f"explained_{name}_{layer}"], color=color, linestyle=style, label=label)
@@ -229,12 +229,12 @@ def clipping(axes: Panels, numbers: FigureData, published: Published = None) -> 
                 _circles(accuracy, shares[: len(values)] * ranks[-1], values, color)
         variance.set(title=f"$j = {layer}$", ylim=(0, 103), xlim=(0, ranks[-1]))
         accuracy.set(xlabel="rank $d$", ylim=(0, 103), xlim=(0, ranks[-1]))
-    axes["variance j0"].set_ylabel("explained variance (%)")
-    axes["accuracy j0"].set_ylabel(ACCURACY)
-    axes["variance j0"].legend(loc="lower right")
+    axes["variance_0"].set_ylabel("explained variance (%)")
+    axes["accuracy_0"].set_ylabel(ACCURACY)
+    axes["variance_0"].legend(loc="lower right")
     if published is not None:
-        _circles(axes["accuracy j0"], [], [], "black", "published")
-        axes["accuracy j0"].legend(loc="lower right")
+        _circles(axes["accuracy_0"], [], [], "black", "published")
+        axes["accuracy_0"].legend(loc="lower right")
 
 
 def training_dynamics(axes: Panels, numbers: FigureData, published: Published = None) -> None:
@@ -251,9 +251,9 @@ def training_dynamics(axes: Panels, numbers: FigureData, published: Published = 
     axes["cosine"].set(ylim=(-0.05, 1.05), ylabel="cosine similarity $c_r(t)$")
     axes["cosine"].legend(loc="lower left", ncols=2)
     for panel, (ranks, points) in enumerate(zip(numbers["planes"], numbers["trajectories"])):
-        _trajectories(axes[f"plane {panel}"], points, colors)
+        _trajectories(axes[f"plane_{panel}"], points, colors)
         x, y = (rf"$\langle w, e_{{{rank}}}\rangle$" for rank in ranks)
-        axes[f"plane {panel}"].set(xlabel=x, ylabel=y)
+        axes[f"plane_{panel}"].set(xlabel=x, ylabel=y)
 
 
 def _smoothed(values):

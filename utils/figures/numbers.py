@@ -1,36 +1,30 @@
 """The numbers of the paper's nine figures, from the networks of the registry's experiments.
 
-One function per figure takes a `Source` and what is `Shown`, and returns arrays by name, which drawing.py draws.
-j is the weight layer, counted from 1, and φ_{j-1} its input.
+One function per figure takes a `Source` and what is `Shown`, and returns arrays (or nested lists) by name, which
+drawing.py draws. j is the weight layer, counted from 1, and φ_{j-1} its input.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from rainbow import Layer, weight_layers
-from rainbow.alignment import Alignment, MeanNetwork, transport
+from rainbow import Alignment, Layer, MeanNetwork, WeightCovariance, weight_layers
+from rainbow.alignment import transport
 from rainbow.clipping import clipped_accuracies, even_ranks
-from rainbow.covariance import (
-    WeightCovariance,
-    amplification,
-    complete_basis,
-    cosine_similarity,
-    explained_variance,
-    random_basis,
-)
+from rainbow.covariance import amplification, complete_basis, cosine_similarity, explained_variance, random_basis
 from rainbow.moments import moments
 from rainbow.random_matrix import bulk_test, fit_decay, normality_p_value, real_samples
 from utils.experiments.registry import Experiment
 from utils.figures.source import Source
 
-Numbers = dict[str, np.ndarray]
+Numbers = dict[str, ArrayLike]
 
 
 @dataclass(frozen=True)
@@ -68,15 +62,16 @@ def gaussian_histograms(source: Source, shown: Shown) -> Numbers:
     by_rank = list(zip(*columns))
     return {
         "edges": HISTOGRAM,
-        "density": np.array([[_density(column) for column in row] for row in by_rank]),
-        "p_values": np.array([[normality_p_value(column) for column in row] for row in by_rank]),
-        "ranks": np.array(shown.ranks),
-        "layers": np.array(shown.layers),
-        "samples": np.array([len(each[0]) for each in columns]),
+        "density": [[_density(column) for column in row] for row in by_rank],
+        "p_values": [[normality_p_value(column) for column in row] for row in by_rank],
+        "ranks": shown.ranks,
+        "layers": shown.layers,
+        "samples": [len(each[0]) for each in columns],
     }
 
 
 def _density(samples: np.ndarray) -> np.ndarray:
+    """Histogram as a density of all samples, those beyond its edges included."""
     return np.histogram(samples, HISTOGRAM)[0] / (len(samples) * np.diff(HISTOGRAM))
 
 
@@ -92,56 +87,56 @@ def marchenko_pastur(source: Source, shown: Shown) -> Numbers:
     """Figure 2. coloured_j, white_j: eigenvalues (mean 1) for the first network; q: (layers,) D/N; outside_coloured,
     outside_white: (layers,) share of the eigenvalues outside the bulk; above_...: share above it alone."""
     mean = source.mean_network(source.sets(2)["networks"], shown.layers)
-    numbers = {"layers": np.array(shown.layers), "q": []}
+    numbers = {"layers": shown.layers, "q": []}
     for k, j in enumerate(shown.layers):
         covariance = WeightCovariance.fit(mean.aligned_weights(k))
         coloured = next(mean.aligned_weights(k))
         for name, weights in (("coloured", coloured), ("white", covariance.whiten(coloured))):
-            eigenvalues = WeightCovariance.fit(weights).eigenvalues.cpu().numpy()
-            test = bulk_test(eigenvalues, *weights.shape)
+            test = bulk_test(_spectrum(weights), *weights.shape)
             numbers[f"{name}_{j}"] = test.eigenvalues
             numbers.setdefault(f"outside_{name}", []).append(test.outside)
             numbers.setdefault(f"above_{name}", []).append(test.above / len(test.eigenvalues))
         numbers["q"].append(test.q)
-    return {name: np.array(values) for name, values in numbers.items()}
+    return numbers
 
 
 def resampling_width(source: Source, shown: Shown) -> Numbers:
     """Figure 3. widths; trained, retrained, white: accuracies in percent; rainbow, rainbow_std: mean and standard
     deviation over the networks sampled."""
     sets = source.sets(3)
-    numbers = {"widths": np.array([experiment.width for experiment in sets["trained"]])}
-    for name in ("trained", "retrained", "white"):
-        numbers[name] = np.array([source.accuracy(experiment) for experiment in sets[name]])
-    sampled = [source.sampled_accuracies(experiment) for experiment in sets["rainbow"]]
-    numbers["rainbow"] = np.array([accuracies.mean() for accuracies in sampled])
-    numbers["rainbow_std"] = np.array([accuracies.std() for accuracies in sampled])
-    return numbers
+    sampled = [source.sampled_accuracies(member) for member in sets["rainbow"]]
+    return {
+        "widths": [member.width for member in sets["trained"]],
+        **{name: [source.accuracy(member) for member in sets[name]] for name in ("trained", "retrained", "white")},
+        "rainbow": [accuracies.mean() for accuracies in sampled],
+        "rainbow_std": [accuracies.std() for accuracies in sampled],
+    }
 
 
 def activation_spectra(source: Source, shown: Shown) -> Numbers:
     """Figure 4. layer: j of the first panel; widths; width_s: eigenvalues of E[φ_{j-1} φ_{j-1}ᵀ] for width s; layers,
     layer_j: the same at the layers 2 to J of the widest network."""
     members = source.sets(4)["widths"]
-    numbers = {"widths": np.array([member.width for member in members]), "layer": np.array(shown.layer)}
+    numbers = {"widths": [member.width for member in members], "layer": shown.layer}
     for member in members:
         network = source.network(member)
         names = [layer.name for layer in source.layers(member, network)]
-        last = member is members[-1]
-        js = range(2, len(names)) if last else [shown.layer]
-        images = source.train(member)
-        found = moments([network], [names[j - 1] for j in js], images, means=False, device=source.device)
+        js = range(2, len(names)) if member is members[-1] else [shown.layer]
+        chosen, images = [names[j - 1] for j in js], source.train(member)
+        found = moments([network], chosen, images, means=False, device=source.device)
         spectra = {j: _eigenvalues(found.auto(0, k)) for k, j in enumerate(js)}
         numbers[f"width_{member.width:g}"] = spectra[shown.layer]
-        if last:
-            numbers["layers"] = np.array(js)
-            numbers.update({f"layer_{j}": values for j, values in spectra.items()})
-    return numbers
+    return {**numbers, "layers": js, **{f"layer_{j}": values for j, values in spectra.items()}}  # of the widest
 
 
 def _eigenvalues(matrix: Tensor) -> np.ndarray:
     """Eigenvalues of a Hermitian matrix, decreasing, rounding errors set to 0."""
     return torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0).cpu().numpy()
+
+
+def _spectrum(weights: Tensor | Iterable[Tensor]) -> np.ndarray:
+    """Eigenvalues of a covariance of weights, decreasing."""
+    return WeightCovariance.fit(weights).eigenvalues.cpu().numpy()
 
 
 def alignment_convergence(source: Source, shown: Shown) -> Numbers:
@@ -156,7 +151,7 @@ def alignment_convergence(source: Source, shown: Shown) -> Numbers:
         widths = np.unique(width_of)
         numbers[f"{name}_widths"] = widths
         numbers[f"{name}_layers"] = np.arange(2, 2 + errors.shape[1])
-        numbers[f"{name}_errors"] = np.array([errors[width_of == width].mean(axis=0) for width in widths]).T
+        numbers[f"{name}_errors"] = np.transpose([errors[width_of == width].mean(axis=0) for width in widths])
     return numbers
 
 
@@ -179,14 +174,9 @@ def covariance_convergence(source: Source, shown: Shown) -> Numbers:
     the beginning; fit_networks: amplitude and rate of an exponential; clip_ranks; clip_accuracies: (counts, ranks).
     Panel (b): widths; eigenvalues_width_s; fit_widths. Panel (d): error_layers; errors: (layers, widths but the
     largest), ‖Ĉ − C‖ / ‖C‖ in the spectral norm, C that of the largest width."""
-    sets = source.sets(6)
-    layer = shown.errors[0]
-    return {
-        "layer": np.array(layer),
-        "fit_ranks": np.array(shown.fit_ranks),
-        **_many_networks(source, sets["many"], layer, shown),
-        **_many_widths(source, sets["widths"], shown),
-    }
+    sets, layer = source.sets(6), shown.errors[0]
+    many, widths = _many_networks(source, sets["many"], layer, shown), _many_widths(source, sets["widths"], shown)
+    return {"layer": layer, "fit_ranks": shown.fit_ranks, **many, **widths}
 
 
 def _many_networks(source, members, layer, shown):
@@ -198,11 +188,10 @@ def _many_networks(source, members, layer, shown):
     first = [_matrix(source.network(member, 0), layers[0].name) for member, layers in zip(members, mean.layers)]
     initial = [scale * transport(rows, A[0]) for rows, A in zip(first, mean.alignments)]
     counts = sorted({min(count, len(members)) for count in shown.counts})
-    numbers, bases = {"counts": np.array(counts)}, {}
+    numbers, bases = {"counts": counts}, {}
     for count in counts:
-        covariance = WeightCovariance.fit(final[:count])
+        covariance, at_start = WeightCovariance.fit(final[:count]), _spectrum(initial[:count])
         eigenvalues = covariance.eigenvalues.cpu().numpy()
-        at_start = WeightCovariance.fit(initial[:count]).eigenvalues.cpu().numpy()
         tail = slice(-(-3 * len(eigenvalues) // 4), None)
         numbers[f"eigenvalues_{count}"] = eigenvalues
         numbers[f"initial_{count}"] = at_start * np.exp(np.mean(np.log(eigenvalues[tail]) - np.log(at_start[tail])))
@@ -210,8 +199,8 @@ def _many_networks(source, members, layer, shown):
     fit = fit_decay(eigenvalues, "exponential", shown.fit_ranks)
     ranks = sorted({*even_ranks(clipped.dimension), *[d for d in (1, 2, 3, 4, 5, 7, 10) if d < clipped.dimension]})
     accuracies = clipped_accuracies(mean.networks[0], clipped, bases, ranks, source.test(members[0]))
-    numbers["fit_networks"] = np.array([fit.amplitude, fit.rate])
-    return {**numbers, "clip_ranks": np.array(ranks), "clip_accuracies": np.array(list(accuracies.values()))}
+    numbers["fit_networks"] = [fit.amplitude, fit.rate]
+    return {**numbers, "clip_ranks": ranks, "clip_accuracies": list(accuracies.values())}
 
 
 def _matrix(network: nn.Module, name: str) -> Tensor:
@@ -243,10 +232,10 @@ def _many_widths(source, members, shown):
     fit = fit_decay(spectra[reference.width], "exponential", shown.fit_ranks)
     return {
         **{f"eigenvalues_width_{width:g}": spectrum for width, spectrum in spectra.items()},
-        "widths": np.array(list(weights)),
-        "error_layers": np.array(shown.errors),
-        "errors": np.array(errors),
-        "fit_widths": np.array([fit.amplitude, fit.rate]),
+        "widths": list(weights),
+        "error_layers": shown.errors,
+        "errors": errors,
+        "fit_widths": [fit.amplitude, fit.rate],
     }
 
 
@@ -274,10 +263,10 @@ def imagenet_spectra(source: Source, shown: Shown) -> Numbers:
         images, names = source.train(member, shown.images), [layer.name for layer in layers]
         found = moments([network], names, images, patches=True, means=False, device=source.device)
         numbers[f"{name}_layers"] = np.arange(1, len(layers) + 1)
-        numbers[f"{name}_acc5"] = np.array(source.accuracy(member, top=5))
+        numbers[f"{name}_acc5"] = source.accuracy(member, top=5)
         for j, layer in enumerate(layers, 1):
             numbers[f"{name}_activations_{j}"] = _eigenvalues(found.auto(0, j - 1))
-            numbers[f"{name}_weights_{j}"] = WeightCovariance.fit(layer.get()).eigenvalues.cpu().numpy()
+            numbers[f"{name}_weights_{j}"] = _spectrum(layer.get())
     return numbers
 
 
@@ -288,11 +277,10 @@ def clipping(source: Source, shown: Shown) -> Numbers:
     mean = source.mean_network(members, shown.layers)
     network, layers = mean.networks[0], mean.layers[0]
     kernels = moments([network], layers, source.train(members[0]), means=False, device=source.device)
-    numbers = {"layers": np.array(shown.layers)}
+    numbers = {"layers": shown.layers}
     for k, j in enumerate(shown.layers):
         bases = _three_bases(layers[k], mean, k, kernels.auto(0, k))
-        ranks = even_ranks(layers[k].dimension)
-        numbers[f"ranks_{j}"] = np.array(ranks)
+        ranks = numbers[f"ranks_{j}"] = even_ranks(layers[k].dimension)
         accuracies = clipped_accuracies(network, layers[k], bases, ranks, source.test(members[0]))
         for name, basis in bases.items():
             numbers[f"explained_{name}_{j}"] = explained_variance(layers[k].get(), basis).cpu().numpy()[ranks]
@@ -321,15 +309,11 @@ def training_dynamics(source: Source, shown: Shown) -> Numbers:
     far = max(min(shown.far, len(covariance.eigenvalues) - 1), 2)
     planes = np.array([(1, 2), (1, far), (far, far + 1)])
     coordinates = torch.stack([covariance.coordinates(w) for w in weights], dim=1).real.cpu().numpy()
-    amplified, cosines = (
-        np.array([measure(w, weights[0], covariance).cpu().numpy() for w in weights])
-        for measure in (amplification, cosine_similarity)
-    )
     return {
-        "layer": np.array(shown.layer),
-        "epochs": np.array(epochs),
+        "layer": shown.layer,
+        "epochs": epochs,
         "planes": planes,
-        "amplification": amplified,
-        "cosine": cosines,
-        "trajectories": np.array([coordinates[:, :, plane - 1] for plane in planes]),
+        "amplification": [amplification(w, weights[0], covariance).cpu().numpy() for w in weights],
+        "cosine": [cosine_similarity(w, weights[0], covariance).cpu().numpy() for w in weights],
+        "trajectories": [coordinates[:, :, plane - 1] for plane in planes],
     }

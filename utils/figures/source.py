@@ -47,15 +47,7 @@ class Source:
     time. Methods raise UserError if a run is missing or its files are damaged.
     """
 
-    def __init__(
-        self,
-        scale: str,
-        checkpoints: str | Path,
-        device: torch.device,
-        places: dict | None = None,
-        batch: int = 128,
-        quiet: bool = False,
-    ):
+    def __init__(self, scale: str, checkpoints="checkpoints", *, device, places=None, batch=128, quiet=False):
         rainbow_layers.register()
         self.scale, self.root, self.device = scale, Path(checkpoints), device
         self.places, self.batch, self.quiet = places or {}, batch, quiet

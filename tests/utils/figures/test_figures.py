@@ -15,7 +15,6 @@ from utils.experiments import registry
 from utils.figures.catalogue import FIGURES
 from utils.figures.command import main
 from utils.figures.data import FigureData, checkpoints_key, data_path, load_numbers, published_numbers, save_numbers
-from utils.figures.drawing import shades, width_label
 from utils.figures.gallery import claims_table, compute, save
 from utils.figures.source import Source
 from utils.runs import checkpoints, options
@@ -43,11 +42,6 @@ def test_every_figure_is_drawn_from_numbers_alone(figure, with_published, tmp_pa
     assert pixels.shape[1] > 600 and (pixels < 128).mean() > 0.005
     for axes in canvas.axes:
         assert axes.lines or axes.collections or axes.patches, f"panel {axes.get_label()} is empty"
-
-
-def test_widths_and_shades():
-    assert width_label(0.125) == "$2^{-3}$" and width_label(3) == "3"
-    assert len(shades("plasma", 1)) == 1 and len(shades("cool", 3)) == 3
 
 
 def test_numbers_survive_the_file_and_damage_is_reported(tmp_path):
@@ -118,7 +112,7 @@ CONTRARY = {
 
 @every_figure
 def test_contrary_numbers_refute_the_claims(figure):
-    arrays = kept(figure).arrays
+    arrays = kept(figure)
     with np.errstate(divide="ignore"):
         claims = figure.claims(FigureData({**arrays, **CONTRARY[figure.name](arrays)}, {}))
     assert claims and not any(claim.holds for claim in claims), [claim.text for claim in claims if claim.holds]
@@ -205,12 +199,12 @@ def paper(tmp_path_factory):
     root = tmp_path_factory.mktemp("paper")
     for experiment in registry.experiments("paper"):
         make_run(root / "checkpoints", experiment)
-    return Source("paper", root / "checkpoints", torch.device("cpu"), quiet=True), root / "notebook_data"
+    return Source("paper", root / "checkpoints", device=torch.device("cpu"), quiet=True), root / "notebook_data"
 
 
 def names_of(data):
     """Names of numbers without layers, widths and counts."""
-    return {name for name in data.arrays if not name[-1].isdigit()}
+    return {name for name in data if not name[-1].isdigit()}
 
 
 @every_figure
@@ -218,7 +212,7 @@ def test_every_figure_computes_from_checkpoints_of_the_papers_names(figure, pape
     source, root = paper
     data = compute(figure, source, "a test", root)
     assert data.provenance["command"] == "a test" and data.provenance["experiments"]
-    for name, values in data.arrays.items():
+    for name, values in data.items():
         assert np.isfinite(values).all(), f"{name} is not finite"
     assert names_of(data) == names_of(kept(figure))
     figure.draw(data, published_numbers(figure.name))
