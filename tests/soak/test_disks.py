@@ -9,7 +9,7 @@ import pytest
 
 from tests.soak.programs import COMMANDS, assert_readable, assert_same, copy, fill_disk, run, training
 
-FEW = {"main_block.py": ["--epochs", "2"], "resample.py": ["--num-repeats", "2"], "run_exps.py": []}
+FEW = {"main_block.py": ["--epochs", "1"], "resample.py": ["--num-repeats", "2"], "run_exps.py": []}
 STEPS = {"run_exps.py": 6}  # for its experiments write a lot
 
 
