@@ -53,10 +53,14 @@ def _add_running_options(how):
 
 
 def select(args):
-    """The experiments that the command line asks for. Raises UserError if it names what does not exist."""
+    """The experiments that the command line asks for, under their names here or in the registry.
+
+    Raises UserError if it names what does not exist.
+    """
     listed = all_experiments(args)
-    names = [experiment.name for experiment in listed]
-    known = {"only": registry.groups(args.scale), "figure": registry.figures(args.scale), "name": names}
+    names = [(here.name, there.name) for here, there in zip(listed, registry.experiments(args.scale))]
+    every = [name for pair in names for name in pair]
+    known = {"only": registry.groups(args.scale), "figure": registry.figures(args.scale), "name": every}
     for flag, values in known.items():
         for value in getattr(args, flag) or ():
             if value not in values:
@@ -68,11 +72,11 @@ def select(args):
         raise UserError(f"--match {args.match}: not a regular expression ({error})") from error
     chosen = [
         experiment
-        for experiment in listed
+        for experiment, own in zip(listed, names)
         if (not args.only or experiment.group in args.only)
         and (not args.figure or set(args.figure) & set(experiment.figures))
-        and (not args.name or experiment.name in args.name)
-        and pattern.search(experiment.name)
+        and (not args.name or set(args.name) & set(own))
+        and any(map(pattern.search, own))
     ]
     if not chosen:
         raise UserError("no experiment meets all of these conditions; --print without conditions lists them")

@@ -1,7 +1,7 @@
-"""Throughput, memory and share of peak of every network of the paper, on the accelerator that is there.
+"""Throughput, memory and share of peak of every network of the paper, on the accelerator that is available.
 
     python benchmarks/gpu.py [--only NAME ...] [--variants float32 tf32 amp compile amp+compile] [--batch-size N]
-    python benchmarks/gpu.py --device cpu --batch-size 2      # where there is none: does it run?
+    python benchmarks/gpu.py --device cpu --batch-size 2      # without one: does it run?
 
 A training step is forward, backward and SGD update, as `main_block.py` does it, on images that lie on the device.
 Peak: the operations per second of one large matrix product in the same precision on the same device. A step's own are
@@ -14,22 +14,23 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from train_step import NETWORKS as SCATTERING  # noqa: E402
+from train_step import step  # noqa: E402
 
 from models import build  # noqa: E402
+from models.block import exclude_from_compilation  # noqa: E402
 from models.config import StandardConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
 from utils.device import describe_device, pick_device  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
 
 NETWORKS = {
-    **{name: (config, batch) for name, (config, batch) in SCATTERING.items()},
+    **SCATTERING,
     "imagenet": (SCATTERING["imagenet"][0], 128),
     "resnet18": (StandardConfig("resnet18", input=Signal(3, 224, 224), num_classes=1000), 256),
     "resnet18-cifar": (StandardConfig("resnet18-custom", input=Signal(3, 32, 32), num_classes=10), 128),
@@ -41,21 +42,8 @@ VARIANTS = ("float32", "tf32", "amp", "compile", "amp+compile")
 def parser():
     """The command line."""
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    top.add_argument(
-        "--only",
-        nargs="+",
-        choices=NETWORKS,
-        default=list(NETWORKS),
-        metavar="NAME",
-        help=f"networks to time ({', '.join(NETWORKS)})",
-    )
-    top.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        metavar="VARIANT",
-        help=f"{', '.join(VARIANTS)} (default: all that the device has)",
-    )
+    top.add_argument("--only", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="networks to time (default: all)")
+    top.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all that the device has")
     top.add_argument("--batch-size", type=int, metavar="N", help="images in a step (default: that of the paper)")
     top.add_argument("--steps", type=int, default=20, help="timed steps (default 20), after three others")
     top.add_argument("--device", default="auto", help="cuda, cuda:N, mps or cpu (default: the accelerator)")
@@ -96,22 +84,11 @@ def peak(device, variant):
 def training_step(config, batch, device, variant):
     """A function that runs one training step."""
     torch.manual_seed(0)
-    network = build(config).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=True)
-    signal = config.input
-    images = torch.randn(batch, signal.channels, signal.height, signal.width, device=device)
-    images = images.to(memory_format=torch.channels_last)
-    labels = torch.randint(config.num_classes, (batch,), device=device)
-    forward = torch.compile(network) if "compile" in variant else network
-
-    def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled="amp" in variant):
-            logits = forward(images)
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-
-    return step
+    network = build(config).to(device, memory_format=torch.channels_last)
+    if "compile" in variant:
+        exclude_from_compilation(network)
+        network = torch.compile(network)
+    return step(network, config, batch, device=device, amp="amp" in variant)
 
 
 def operations(config):
@@ -124,7 +101,7 @@ def operations(config):
 
 
 def memory(device):
-    """Most memory in use since it was last asked, in GB; None where the device does not say."""
+    """Most memory in use since the last call, in GB; None if the device does not say."""
     if device.type != "cuda":
         return None
     used = torch.cuda.max_memory_allocated(device) / 1e9
@@ -142,26 +119,23 @@ def report(name, args, device, variant, fastest):
         memory(device)
         spent = seconds(training_step(config, batch, device, variant), device, args.steps)
     except torch.cuda.OutOfMemoryError:
-        print(f"{name:15} {variant:12} {batch:6}  not enough memory: a smaller --batch-size")
+        print(f"{name:15} {variant:12} {batch:6}  not enough memory: use a smaller --batch-size")
         return
     used = memory(device)
-    print(
-        f"{name:15} {variant:12} {batch:6} {batch / spent:12.1f} {'' if used is None else f'{used:.2f}':>10} "
-        f"{100 * work / spent / fastest:9.1f} %",
-        flush=True,
-    )
+    text = f"{name:15} {variant:12} {batch:6} {batch / spent:12.1f} {'' if used is None else f'{used:.2f}':>10}"
+    print(text, f"{100 * work / spent / fastest:9.1f} %", flush=True)
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     device = pick_device(args.device)
     if device.type == "cpu" and args.device == "auto":
-        print("There is no accelerator here: nothing is measured (--device cpu --batch-size 2 shows that it runs).")
+        print("No accelerator is available: nothing is measured (--device cpu --batch-size 2 shows that it runs).")
         return 0
     possible = [variant for variant in VARIANTS if device.type == "cuda" or "tf32" not in variant]
     for variant in args.variants or ():
         if variant not in possible:
-            raise UserError(f"--variants {variant}: {device} has none; {', '.join(possible)}")
+            raise UserError(f"--variants {variant}: not available on {device}; choose among {', '.join(possible)}")
     print(f"{describe_device(device)}, torch {torch.__version__}")
     print(f"{'network':15} {'variant':12} {'batch':>6} {'images/s':>12} {'memory GB':>10} {'of peak':>11}")
     for variant in args.variants or possible:

@@ -1,4 +1,4 @@
-"""Times a training step beside the plain reference and beside the matrix products that cannot be avoided.
+"""Times a training step next to the plain reference and to the matrix products that cannot be avoided.
 
     python benchmarks/train_step.py [--only NAME ...] [--repetitions 5] [--no-reference] [--no-memory]
 
@@ -12,7 +12,6 @@ Then the peak resident memory of each in a fresh process. Ratios are what counts
 """
 
 import argparse
-import functools
 import statistics
 import subprocess
 import sys
@@ -27,8 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import build  # noqa: E402
 from models.config import BlockConfig, ScatNetConfig  # noqa: E402
 from models.signal import Signal  # noqa: E402
-from utils.data.datasets import load_datasets  # noqa: E402
-from utils.runs.options import parse  # noqa: E402
 
 NORM, SKIP, COMPLEX = ("Fw", "Std", "Pr", "N"), ("Fw", "rho", "Std", "Pr", "N"), ("Fw", "rho", "Std", "Pc")
 CIFAR_WIDTHS = (64, 128, 256, 512, 512, 512, 512, 512)
@@ -37,15 +34,10 @@ IMAGENET_WIDTHS = (32, 64, 64, 128, 256, 512, 512, 512, 512, 512, 256)
 
 def network(arch, widths, signal, classes, first_factorized=0):
     """The configuration of a network of the paper; blocks from `first_factorized` on are factorised."""
-    psi = () if "rho" in arch else ("mod",)
-    size = "Pc_size" if "Pc" in arch else "Pr_size"
-    blocks = tuple(
-        BlockConfig(
-            arch, psi_arch=psi, kind="plain" if i < first_factorized else (i - first_factorized) % 2, **{size: width}
-        )
-        for i, width in enumerate(widths)
-    )
-    return ScatNetConfig(signal, classes, blocks, classifier_batch_norm="std", classifier_bias=False)
+    psi, size = () if "rho" in arch else ("mod",), "Pc_size" if "Pc" in arch else "Pr_size"
+    kinds = ["plain" if i < first_factorized else (i - first_factorized) % 2 for i in range(len(widths))]
+    blocks = (BlockConfig(arch, psi_arch=psi, kind=k, **{size: w}) for k, w in zip(kinds, widths, strict=True))
+    return ScatNetConfig(signal, classes, tuple(blocks), classifier_batch_norm="std", classifier_bias=False)
 
 
 NETWORKS = {
@@ -61,13 +53,11 @@ def products(net, batch):
     """(C, D, n) of every real matrix product of the projections: one product of each shape is the forward floor."""
     shapes = []
     for block in net.blocks:
-        rows, columns = block.P.weight.shape
-        positions = batch * block.out.height * block.out.width
+        (rows, columns), positions = block.P.weight.shape, batch * block.out.height * block.out.width
+        half = columns // 2  # of [z, |z|]
         if "rho" not in dict(block.body.named_children()):
             shapes.append((rows, columns, positions))
-            continue
-        half = columns // 2  # z and |z|
-        if block.P.weight.is_complex():
+        elif block.P.weight.is_complex():
             shapes += [(2 * rows, 2 * half, positions), (2 * rows, half, positions)]
         else:
             shapes += [(rows, half, 2 * positions), (rows, half, positions)]
@@ -88,24 +78,23 @@ def floor(shapes, training):
     return run
 
 
-def step(net, batch, classes, training):
-    """A function that runs one training step of a network, or one evaluation."""
-    signal = net.blocks[0].signal
-    images = torch.randn(batch, signal.channels, signal.height, signal.width).to(memory_format=torch.channels_last)
-    labels = torch.randint(classes, (batch,))
+def step(net, config, batch, training=True, device="cpu", amp=False):
+    """A function that runs one training step of a network, or one evaluation, on random images."""
+    signal = config.input
+    images = torch.randn(batch, signal.channels, signal.height, signal.width, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(config.num_classes, (batch,), device=device)
     net.train(training)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, foreach=True)
 
     def train():
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(net(images), labels).backward()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+            scores = net(images)
+        F.cross_entropy(scores.float(), labels).backward()
         optimizer.step()
 
-    def evaluate():
-        with torch.no_grad():
-            net(images)
-
-    return train if training else evaluate
+    return train if training else torch.no_grad()(lambda: net(images))
 
 
 def prepare(name, which, training):
@@ -117,39 +106,7 @@ def prepare(name, which, training):
         return floor(products(net, batch), training)
     for block in net.blocks:
         block.fast = which == "ours"
-    return step(net, batch, config.num_classes, training)
-
-
-def block_steps(name):
-    """For each block of a network: functions that run it forward and backward, ours and the reference."""
-    config, batch = NETWORKS[name]
-    torch.manual_seed(0)
-    for block in build(config).blocks:
-        signal = block.signal
-        images = torch.randn(
-            batch,
-            signal.channels,
-            signal.height,
-            signal.width,
-            dtype=torch.cfloat if signal.complex else torch.float,
-            requires_grad=True,
-        )
-        gradient = torch.randn_like(block(images))
-
-        def run(fast, block=block, images=images, gradient=gradient):
-            block.fast = fast
-            torch.autograd.grad(block(images), (images, block.P.weight), gradient)
-
-        yield signal, {"ours": functools.partial(run, True), "reference": functools.partial(run, False)}
-
-
-def loader_seconds(batch):
-    """Seconds a batch of the digits takes to be served, mean of 20 epochs."""
-    loader_of = load_datasets(parse(["-a", "Fw Pr", "--psi-arch", "mod", "--Pr-size", "1", "--digits"])).train.loader
-    start, batches = time.perf_counter(), 0
-    for epoch in range(20):
-        batches += sum(1 for _ in loader_of(batch, shuffle=True, seed=0, epoch=epoch, augment=True))
-    return (time.perf_counter() - start) / batches
+    return step(net, config, batch, training)
 
 
 def times(functions, repetitions, inner=1):
@@ -166,12 +123,6 @@ def times(functions, repetitions, inner=1):
     return {which: statistics.median(values) for which, values in seconds.items()}
 
 
-def high_water_mark():
-    """Peak resident memory of this process so far, in GB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-
-
 def peak_memory(name, which):
     """Peak resident memory, in GB, of two training steps in a fresh process."""
     command = [sys.executable, __file__, "--peak", name, which]
@@ -179,8 +130,8 @@ def peak_memory(name, which):
 
 
 def report(name, arguments):
+    kinds = ["ours", "floor"] if arguments.no_reference else ["ours", "reference", "floor"]
     for training in (True, False):
-        kinds = ["ours", "floor"] if arguments.no_reference else ["ours", "reference", "floor"]
         functions = {which: prepare(name, which, training) for which in kinds}
         median = times(functions, arguments.repetitions, inner=20 if name == "laptop" else 1)
         text = "  ".join(f"{which} {seconds * 1e3:9.1f} ms" for which, seconds in median.items())
@@ -188,46 +139,27 @@ def report(name, arguments):
         if "reference" in median:
             text += f"  reference/ours {median['reference'] / median['ours']:5.2f}"
         print(f"{name:9} {'step' if training else 'eval'}  {text}", flush=True)
-        if name == "laptop" and training:
-            seconds = loader_seconds(NETWORKS[name][1])
-            print(f"  its loader takes {seconds / median['ours']:.1%} of the step")
-    if name == "imagenet" and not arguments.no_reference:
-        for number, (signal, functions) in enumerate(block_steps(name), start=1):
-            median = times(functions, arguments.repetitions)
-            print(
-                f"  block {number:2} on {str(signal):38} ours {median['ours'] * 1e3:7.1f} ms  "
-                f"reference/ours {median['reference'] / median['ours']:5.2f}",
-                flush=True,
-            )
     if not arguments.no_memory:
-        peaks = {which: peak_memory(name, which) for which in kinds if which != "floor"}
-        print(f"{name:9} peak  " + "  ".join(f"{which} {gb:.2f} GB" for which, gb in peaks.items()), flush=True)
+        peaks = (f"{which} {peak_memory(name, which):.2f} GB" for which in kinds if which != "floor")
+        print(f"{name:9} peak  " + "  ".join(peaks), flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=NETWORKS,
-        default=list(NETWORKS),
-        metavar="NAME",
-        help=f"networks to time ({', '.join(NETWORKS)})",
-    )
-    parser.add_argument("--repetitions", type=int, default=5, help="timed repetitions of each (default 5)")
-    parser.add_argument("--no-reference", action="store_true", help="leave out the slow reference")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the memory of fresh processes")
-    parser.add_argument("--peak", nargs=2, metavar=("NAME", "WHICH"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    top = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    top.add_argument("--only", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="networks to time (default: all)")
+    top.add_argument("--repetitions", type=int, default=5, help="timed repetitions of each (default 5)")
+    top.add_argument("--no-reference", action="store_true", help="leave out the slow reference")
+    top.add_argument("--no-memory", action="store_true", help="leave out the memory of fresh processes")
+    top.add_argument("--peak", nargs=2, metavar=("NAME", "WHICH"), help=argparse.SUPPRESS)
+    arguments = top.parse_args()
     if arguments.peak:
         run = prepare(*arguments.peak, training=True)
-        run()
-        run()
-        print(high_water_mark())
-        return
+        run(), run()
+        return print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in arguments.only:
         report(name, arguments)
+    return None
 
 
 if __name__ == "__main__":

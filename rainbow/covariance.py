@@ -83,16 +83,6 @@ class WeightCovariance:
         squares = (self.eigenvalues**2).sum().item()
         return self.trace**2 / squares if squares else 0.0
 
-    def spectrum(self) -> Tensor:
-        """All D eigenvalues, with the zeros of the directions that no weight has. # (D,)"""
-        zeros = self.eigenvalues.new_zeros(self.dimension - len(self.eigenvalues))
-        return torch.cat([self.eigenvalues, zeros])
-
-    def explained(self) -> Tensor:
-        """Share of the variance in the first d directions, d = 0..R. # (R + 1,)"""
-        cumulative = torch.cat([self.eigenvalues.new_zeros(1), self.eigenvalues.cumsum(0)])
-        return cumulative / cumulative[-1]
-
     def matrix(self) -> Tensor:
         """Ĉ itself. # (D, D)"""
         return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.mH
@@ -115,20 +105,6 @@ class WeightCovariance:
         """W Ĉ^−1/2, the pseudo-inverse where Ĉ is singular, for weights (N, D) (paper: G_j). # (N, D)"""
         coordinates = self.whitened_coordinates(weights)
         return coordinates @ self.eigenvectors[:, : self.rank].mH.to(coordinates.dtype)
-
-    def colour(self, white: Tensor) -> Tensor:
-        """G Ĉ^1/2 for white rows (N, D): rows of covariance Ĉ (paper, section 4). # (N, D)"""
-        coordinates = self.coordinates(white) * self.eigenvalues.sqrt()
-        return coordinates @ self.eigenvectors.mH.to(coordinates.dtype)
-
-    def project(self, weights: Tensor, rank: int) -> Tensor:
-        """W Π_d, the weights (N, D) restricted to the first d = rank directions. # (N, D)"""
-        if not 0 <= rank <= self.dimension:
-            raise RainbowError(f"a rank lies between 0 and D = {self.dimension}, got {rank}")
-        coordinates = self.coordinates(weights)[:, :rank]
-        if rank == self.dimension > coordinates.shape[1]:
-            return _checked_rows(weights, self.dimension)
-        return coordinates @ self.eigenvectors[:, :rank].mH.to(coordinates.dtype)
 
     def relative_error(self, reference: WeightCovariance, norm: str = "spectral") -> float:
         """‖Ĉ − C_ref‖ / ‖C_ref‖ in the Schatten norm ∞ ("spectral"), 2 ("frobenius") or 1 ("nuclear").

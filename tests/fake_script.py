@@ -14,14 +14,9 @@ import time
 from pathlib import Path
 
 from utils.errors import StoppedError, UserError, run_main
-from utils.experiments.status import flags_of
+from utils.files import write_json
 from utils.lock import Lock
-
-
-def write(path, text):
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+from utils.runs import options
 
 
 def stop(signum, frame):
@@ -30,31 +25,26 @@ def stop(signum, frame):
 
 def main(argv):
     signal.signal(signal.SIGTERM, stop)
-    argv = sys.argv[1:]
-    flags = flags_of(argv)
-    root = Path(flags.get("--checkpoints", ("checkpoints",))[0])
-    name = flags["--dir"][0]
-    epochs = int(flags.get("--epochs", ("1",))[0])
-    for need in flags.get("--experiment", ()):
-        if not (root / need / "last.pt").exists():
-            raise UserError(f"{need} is not trained")
-    for need in flags.get("--resume", ()):
-        if not (root / need).exists():
+    is_sampling = "--experiment" in sys.argv
+    args = vars(options.parse_sampling() if is_sampling else options.parse())
+    root = Path(args["checkpoints"])
+    for need in (f"{args['experiment']}/last.pt" if is_sampling else args["resume"],):
+        if need and not (root / need).exists():
             raise UserError(f"{need} does not exist")
-    folder = root / name
+    folder = root / args["dir"]
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "lock"):
-        train(folder, name, argv, epochs, "checkpoint_repeat0.pt" if "--experiment" in flags else "last.pt")
+        last = folder / ("checkpoint_repeat0.pt" if is_sampling else "last.pt")
+        train(folder, args, args["num_repeats" if is_sampling else "epochs"], last)
 
 
-def train(folder, name, argv, epochs, output):
+def train(folder, args, epochs, last):
     shares = {"threads": os.environ.get("OMP_NUM_THREADS"), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
-    write(folder / "args.json", json.dumps({"argv": argv, **shares}))
-    last = folder / output
-    epoch, state = json.loads(last.read_text()) if last.exists() else (0, "")
-    status = {"state": "running", "epoch": epoch, "epochs": epochs, "acc1": 10.0 + epoch}
-    write(folder / "status.json", json.dumps(status))
+    write_json(folder / "args.json", {"args": args, **shares})
+    status = {"state": "running", "epochs": epochs}
+    name, (epoch, state) = args["dir"], json.loads(last.read_text()) if last.exists() else (0, "")
     while epoch < epochs:
+        write_json(folder / "status.json", {**status, "epoch": epoch, "acc1": 10.0 + epoch})
         print(f"epoch {epoch} of {name}", flush=True)
         with open(folder / "epochs_begun.txt", "a") as file:
             file.write(f"{epoch}\n")
@@ -64,9 +54,9 @@ def train(folder, name, argv, epochs, output):
         if re.search(os.environ.get("FAKE_KILL", "^$"), name):
             os.kill(os.getpid(), signal.SIGKILL)
         epoch, state = epoch + 1, hashlib.sha256(f"{state}{name}{epoch}".encode()).hexdigest()
-        write(last, json.dumps([epoch, state]) + " " * 500 * epoch)
-        write(folder / "status.json", json.dumps({**status, "epoch": epoch, "acc1": 10.0 + epoch}))
-    write(folder / "status.json", json.dumps({**status, "state": "finished", "epoch": epoch, "acc1": 10.0 + epoch}))
+        last.with_name(".last.tmp").write_text(json.dumps([epoch, state]) + " " * 500 * epoch)
+        os.replace(last.with_name(".last.tmp"), last)
+    write_json(folder / "status.json", {**status, "state": "finished", "epoch": epoch, "acc1": 10.0 + epoch})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Each function returns (training images, labels), (test images, labels) as arrays
 
 import os
 import pickle
-import pickletools
 import struct
 from hashlib import md5
 
@@ -34,16 +33,6 @@ class Hostile:
         return os.mkdir, (self.path,)
 
 
-def python2_pickle(content):
-    """Bytes as Python 2 and the numpy of its time pickled a dict: the format of CIFAR's batches."""
-    data = bytearray(pickle.dumps(content, protocol=3))
-    data[1] = 2
-    as_string = {"BINUNICODE": b"T", "BINBYTES": b"T", "SHORT_BINBYTES": b"U"}
-    for opcode, _, position in pickletools.genops(bytes(data)):
-        data[position : position + 1] = as_string.get(opcode.name, data[position : position + 1])
-    return bytes(data).replace(b"cnumpy._core", b"cnumpy.core")
-
-
 def write_cifar10(data_dir, per_file=20):
     return _write_cifar(data_dir, datasets.CIFAR10, per_file, 10, "labels")
 
@@ -58,10 +47,10 @@ def _write_cifar(data_dir, reader, per_file, classes, key):
     parts = []
     for i, (name, _) in enumerate([*reader.train_list, *reader.test_list]):
         images, labels = random_images(per_file, 32, seed=i), np.arange(per_file) * 7 % classes
-        (folder / name).write_bytes(python2_pickle({"data": to_rows(images), key: labels.tolist()}))
+        (folder / name).write_bytes(pickle.dumps({"data": to_rows(images), key: labels.tolist()}, 2))
         parts.append((images, labels))
     names = {reader.meta["key"]: [str(i) for i in range(classes)]}
-    (folder / reader.meta["filename"]).write_bytes(pickle.dumps(names, protocol=2))
+    (folder / reader.meta["filename"]).write_bytes(pickle.dumps(names, 2))
     return tuple(map(np.concatenate, zip(*parts[:-1]))), parts[-1]
 
 

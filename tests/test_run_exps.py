@@ -165,7 +165,7 @@ def test_a_removed_output_or_need_is_made_again(repository):
     shutil.rmtree(repository / "checkpoints" / trained.name)
     assert "damaged" in run(repository, "--match", NARROWEST, "--status").stdout
     assert run(repository, "--match", NARROWEST).returncode == 0
-    assert begun(repository, sampled) == [0, 0] and begun(repository, retrained) == list(range(retrained.epochs))
+    assert begun(repository, sampled) == [0, 1, 2] * 2 and begun(repository, retrained) == list(range(retrained.epochs))
 
 
 def test_two_runners_share_a_folder(repository):
@@ -260,9 +260,16 @@ def test_imagenet_is_skipped_without_its_folder(repository):
     assert result.returncode == 1 and "requires ImageNet: --data DIR or IMAGENET_DIR" in result.stdout
 
 
+def test_a_trial_is_selected_by_the_names_of_the_real_ones(repository):
+    names = [experiment.name for experiment in chosen(NARROWEST)]
+    for flags in (("--match", NARROWEST), ("--name", *names), ("--name", *(f"trial-epochs1/{name}" for name in names))):
+        assert run(repository, *flags, "--epochs", "1", "--print").stdout.count("trial-epochs1/digits") >= 4
+
+
 def test_a_trial_runs_beside_the_real_ones(repository):
     assert run(repository, "--match", NARROWEST, "--epochs", "1").returncode == 0
-    assert [begun(repository, registry.trial(e, {"--epochs": "1"})) for e in chosen(NARROWEST)] == [[0]] * 4
+    trials = [registry.trial(experiment, {"--epochs": "1"}) for experiment in chosen(NARROWEST)]
+    assert [begun(repository, trial) for trial in trials] == [[0], [0, 1, 2], [0], [0]]
     assert not any(begun(repository, e) for e in chosen(NARROWEST))
 
 
@@ -282,7 +289,7 @@ def test_status_survives_values_of_a_wrong_type(repository, values):
     folder = repository / "checkpoints" / white.name
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps({"state": "stopped", "epoch": 5, "epochs": 15, **values}))
-    (folder / "args.json").write_text('{"args": 5, "argv": 5}')
+    (folder / "args.json").write_text('{"args": 5}')
     result = run(repository, "--match", WHITE, "--status")
     assert result.returncode == 0 and "1 changed" in result.stdout and result.stderr == ""
 

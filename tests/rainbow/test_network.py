@@ -1,32 +1,90 @@
-"""One analysed network: found in one dry pass, handed on; its steps compute what it does; what is refused."""
+"""One analysed network: its layers, found in one dry pass and handed on; its steps; what is refused."""
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from rainbow import MeanNetwork, Rainbow, RainbowError, RainbowSampler
-from rainbow.moments import moments
+from models.rainbow_layers import ProjectionLayer
+from rainbow import MeanNetwork, Rainbow, RainbowError, RainbowSampler, weight_layers
+from rainbow.layers import ConvLayer, LinearLayer
 from rainbow.network import analyse
 from rainbow.program import INPUT
+from tests.rainbow.networks import batches, cnn, double, mlp, run, scatnet, skip
+
+# ---- layers
 
 
-def batches(count=3, size=20):
-    generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(size, 6, generator=generator), torch.randint(3, (size,))) for _ in range(count)]
+def test_layers_of_a_cnn_in_forward_order():
+    layers = weight_layers(cnn(), batches())
+    assert [(layer.name, type(layer), layer.channels, layer.kernel) for layer in layers] == [
+        ("0", ConvLayer, 2, (3, 3)),
+        ("3", ConvLayer, 8, (3, 3)),
+        ("7", LinearLayer, 10, (4, 4)),
+    ]
+    assert [layer.get().shape for layer in layers] == [(layer.neurons, layer.dimension) for layer in layers]
 
 
-def mlp():
-    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+def test_layers_follow_the_calls_not_the_definitions():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first, self.unused = nn.Linear(4, 2), nn.Linear(6, 4), nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.last(F.relu(self.first(x)))
+
+    found = analyse(Reversed(), torch.randn(2, 6))
+    assert [layer.name for layer in found.layers] == ["first", "last"]
+    assert found.skipped == {"unused": ("not called in a forward pass", False)}
+
+
+def test_layers_of_a_scattering_network_need_no_example():
+    layers = weight_layers(scatnet())
+    assert [(type(layer), layer.channels, layer.neurons) for layer in layers] == [
+        *((ProjectionLayer, 10, 6), (ProjectionLayer, 30, 8), (ProjectionLayer, 40, 10)),
+        (LinearLayer, 10, 3),
+    ]
+
+
+@pytest.mark.parametrize("make", [cnn, lambda: skip("Fw rho Std Pc N")])
+def test_setting_a_layer_to_its_own_matrix_changes_nothing(make):
+    network, data = make(), batches(1)
+    expected = run(network, data)
+    for layer in weight_layers(network, data):
+        layer.set(double(layer.get()))
+    assert torch.equal(run(network, data), expected)
+
+
+def test_rotating_an_input_is_rotating_weights():
+    network = cnn()
+    inputs = torch.randn(2, 2, 8, 8), torch.randn(2, 8, 8, 8), torch.randn(2, 160)
+    for layer, x in zip(weight_layers(network, batches()), inputs):
+        rotation = torch.linalg.qr(torch.randn(layer.channels, layer.channels)).Q
+        with torch.no_grad():
+            expected = layer.module(layer.rotate(x, rotation))
+            kernels = layer.get().unflatten(1, (layer.channels, -1))
+            layer.set(torch.einsum("nck,dc->ndk", kernels, rotation).flatten(1))
+            torch.testing.assert_close(layer.module(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_skipped_and_why():
+    network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 2, 2))
+    skipped = analyse(network, torch.randn(1, 2, 8, 8)).skipped
+    assert "4 groups" in skipped["1"].reason and "transposed" in skipped["2"].reason
+
+
+# ---- one pass, and steps
 
 
 def test_an_analysis_takes_one_dry_pass_of_each_network():
-    networks, lengths = [mlp() for _ in range(3)], []
+    networks, data, lengths = [mlp(seed) for seed in range(3)], batches(), []
     for network in networks:
         network.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
-    Rainbow.fit(networks[0], batches()).align(networks[1])
+    Rainbow.fit(networks[0], data).align(networks[1])
     assert lengths.count(2) == 2
     lengths.clear()
-    Rainbow.fit(networks, batches())
+    Rainbow.fit(networks, data)
     assert lengths.count(2) == 3
 
 
@@ -50,7 +108,7 @@ def copied(x):
 IN_PLACE = {
     "relu_": lambda x: x.relu_(),
     "function": torch.relu_,
-    "argument": lambda x: nn.functional.relu(x, inplace=True),
+    "argument": lambda x: F.relu(x, inplace=True),
     "copy_": lambda x: torch.empty_like(x).copy_(x),
     "copied, then the former name": copied,
     "fill_": lambda x: x + torch.empty_like(x).fill_(2),
@@ -60,39 +118,44 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_networks_that_overwrite_values_are_sampled(name):
-    torch.manual_seed(0)
-    network, data = InPlace(IN_PLACE[name]).eval(), batches()
+def test_networks_that_overwrite_values_can_be_continued_and_sampled(name):
+    network, data = InPlace(IN_PLACE[name]).eval(), batches(shape=(6,))
     program, images = analyse(network, data).program, data[0][0]
-    with torch.no_grad():
-        expected, before = network(images), images.clone()
-        for cut in range(program.end):
+    expected, before = run(network, data[:1]), images.clone()
+    for cut in range(program.end):
+        with torch.no_grad():
             values = program.run({INPUT: images}, 0, cut)
             for _ in range(2):
                 assert torch.equal(program.run(values, cut, program.end)[program.output], expected)
     assert torch.equal(images, before)
-    assert Rainbow.fit(network, data).sample(widths=[7])(images).shape == (20, 3)
+    assert Rainbow.fit(network, data).sample(widths=[7])(images).shape == (32, 3)
+
+
+# ---- what is refused
 
 
 def test_a_layer_that_is_called_twice_is_not_sampled():
-    shared = nn.Linear(6, 6)
-    rainbow = Rainbow.fit(nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(6, 3)), batches())
+    shared, data = nn.Linear(6, 6), batches(shape=(6,))
+    rainbow = Rainbow.fit(nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(6, 3)), data)
     assert "0  called 2 times, analysed at the first" in rainbow.table()
     with pytest.raises(RainbowError, match="0 cannot be sampled: it is called 2 times"):
         rainbow.sample()
 
 
-def test_the_mean_of_one_network_needs_no_images():
-    network = mlp()
-    assert [layer.name for layer in MeanNetwork.fit([network]).layers[0]] == ["0", "2", "4"]
-    with pytest.raises(RainbowError, match="without images"):
-        RainbowSampler(MeanNetwork.fit([network]), batches())
-    with pytest.raises(RainbowError, match="give a loader"):
-        MeanNetwork.fit([network, mlp()])
-
-
-def accuracy_without_test_set():
-    return RainbowSampler(MeanNetwork.fit([mlp()], batches()), batches()).trained_accuracy
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (lambda: lambda x: x, "torch.nn.Module, got a function"),
+        (nn.ReLU, "no linear layer"),
+        (lambda: torch.jit.script(mlp()), "offers no hooks"),
+        (lambda: torch.compile(mlp()), "offers no hooks"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), r"cannot process images of shape \(2, 2, 8, 8\)"),
+    ],
+)
+def test_what_cannot_be_analysed(model, message):
+    with pytest.raises(RainbowError, match=message):
+        Rainbow.fit(model(), batches())
 
 
 @pytest.mark.parametrize(
@@ -101,10 +164,9 @@ def accuracy_without_test_set():
         (lambda fitted: fitted.alignment.transform("typo", torch.ones(5, 6)), "no weight layer 'typo'"),
         (lambda fitted: fitted.alignment.transform(3, torch.ones(5, 6)), "no layer 3 among 3"),
         (lambda fitted: fitted.basis("typo", "weight"), "no weight layer 'typo'"),
-        (lambda fitted: accuracy_without_test_set(), "need a test set"),
-        (lambda fitted: moments([mlp()], ["0", "2", "0"], batches()), "layer 0 is asked for 2 times"),
-        (lambda fitted: Rainbow.fit(lambda x: x, batches()), "a network is a torch.nn.Module, got a function"),
-        (lambda fitted: moments([], None, batches()), "no network"),
+        (lambda fitted: RainbowSampler(fitted.mean, batches()).trained_accuracy, "need a test set"),
+        (lambda fitted: RainbowSampler(MeanNetwork.fit([mlp()]), batches()), "without images"),
+        (lambda fitted: weight_layers(scatnet(), names=["blocks.1.Pr"]), "did you mean blocks.1.body.Pr"),
     ],
 )
 def test_bad_input_is_an_error_of_one_kind(act, message):

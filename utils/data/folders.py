@@ -10,11 +10,11 @@ from threading import Thread
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.batches import ImageSet, Normalization, generator
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -112,22 +112,15 @@ class _Reader(Dataset):
                 images[len(good)] = self._read(index).reshape(height, width, channels)
                 good.append(index)
             except Exception as error:  # decoders answer foreign bytes with any exception
-                bad.append((self.files.path(index), _reason(error)))
+                bad.append((self.files.path(index), first_line(error)))
         return torch.from_numpy(images[: len(good)]), self.files.labels[good], bad
 
     def _read(self, index):
-        with open(self.files.path(index), "rb") as file:
-            image = Image.open(file).convert(self.files.mode)
+        with Image.open(self.files.path(index)) as file:
+            image = file.convert(self.files.mode)
         if self.key is None:
             return np.asarray(centre(image, self.files.size))
         return np.asarray(random_part(image, self.files.size, generator(*self.key, index)))
-
-
-def _reason(error):
-    """Why an image could not be read, in one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "unknown format"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read(reader, loader):

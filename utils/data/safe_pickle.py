@@ -20,13 +20,13 @@ class _Refused(Exception):
 
 
 def read_pickle(path):
-    """The dictionary in the file `path`, keys as str: arrays of numbers, bytes, strings, numbers, lists, dicts.
+    """The dictionary in the file `path`, of arrays of numbers, bytes, strings, numbers, lists and dictionaries.
 
     Raises UserError if the file is missing, truncated, not a dictionary, or names anything but an array.
     """
     try:
         with open(path, "rb") as file:
-            content = _Unpickler(file, encoding="bytes").load()
+            content = _Unpickler(file).load()
     except _Refused as error:
         raise UserError(f"{path}: refused, it asks for {error}; data are arrays, numbers, strings and lists") from None
     except OSError as error:
@@ -35,11 +35,7 @@ def read_pickle(path):
         raise UserError(f"{path}: damaged or not a pickle ({first_line(error)}); download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of a dictionary")
-    return {_text(key): value.array if isinstance(value, _Array) else value for key, value in content.items()}
-
-
-def _text(key):
-    return key.decode("latin1") if isinstance(key, bytes) else str(key)
+    return {key: value.array if isinstance(value, _Array) else value for key, value in content.items()}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -54,12 +50,12 @@ class _Number:
     """Stands for numpy.dtype: a type of number."""
 
     def __init__(self, name, *_):
-        if not _NUMBERS.fullmatch(_text(name)):
-            raise _Refused(f"an array of {_text(name)}")
-        self.dtype = np.dtype(_text(name))
+        if not _NUMBERS.fullmatch(name):
+            raise _Refused(f"an array of {name}")
+        self.dtype = np.dtype(name)
 
     def __setstate__(self, state):
-        self.dtype = self.dtype.newbyteorder(_text(state[1]))
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
@@ -82,5 +78,5 @@ _STAND_INS = {
     ("numpy.core.multiarray", "_reconstruct"): lambda kind, *_: kind(),
     ("numpy.core.multiarray", "scalar"): lambda number, data: np.frombuffer(data, number.dtype)[0].item(),
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how bytes are pickled for Python 2
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes in the first protocols
 }

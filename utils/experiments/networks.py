@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from models.signal import output_size
+from utils.runs.options import image_sizes
 
 IMAGENET = "PATH/TO/IMAGENET"
 ANGLES = 4
@@ -81,15 +81,6 @@ class Scattering:
         words += ["--classifier-batch-norm", "std", "--no-classifier-bias"] if self.plain_classifier else []
         return ("-a", " ".join(modules), *map(str, words + ([] if self.decay else ["--weight-decay", 0])))
 
-    def image_sizes(self, size):
-        """Height of the image after each block."""
-        sizes = []
-        for block in range(len(self.sizes)):
-            plain = self.factorize is None or block < self.factorize
-            size = output_size(size, subsample=bool(plain or (block - self.factorize) % 2))
-            sizes.append(size)
-        return sizes
-
     def multiply_adds(self, data):
         """Real multiply-adds of the projections and the classifier in one forward pass of one image.
 
@@ -97,7 +88,7 @@ class Scattering:
         network the first half is complex and the second real, so real weights cost 3/2 per entry, complex ones 3.
         """
         per_weight = {(False, "Pr"): 2, (True, "Pr"): 3, (True, "Pc"): 6}[self.skip, self.kind]
-        images = self.image_sizes(data.size)
+        images = image_sizes(data.size, len(self.sizes), self.factorize)
         inputs = [(1 + self.skip) * (1 + ANGLES) * c for c in (data.channels, *self.sizes[:-1])]
         total = sum(c * d * m * m for c, d, m in zip(self.sizes, inputs, images)) * per_weight // 2
         return total + data.classes * self.sizes[-1] * (1 + self.skip) * images[-1] ** 2

@@ -33,7 +33,7 @@ class Experiment:
     kind: "trained", "resampled", "retrained" (the classifier of a resampled network) or "white".
     serves: pairs (figure, set in that figure). width: scaling of all widths. init: number among its equals.
     needs: names of the experiments that must be finished before. published: {"acc1" or "acc5": percent, "source"}.
-    epochs, images, steps: of training, per epoch, in all. cost: real multiply-adds, all of the run.
+    epochs, images, steps: of training (or samples), per epoch, in all. cost: real multiply-adds, all of the run.
     output: the file without which the run is not finished. ours: not in the paper.
     """
 
@@ -161,21 +161,20 @@ def train_classifier(scale, network, group, serves, more=(), **fields):
 
 def resample(scale, trained, network, **fields):
     """The experiment that samples rainbow networks of `trained` (paper, section 4)."""
-    name = f"resamplings/resample-{trained.name}"
-    repeats = () if scale.repeats is None else ("--num-repeats", str(scale.repeats))
-    passes = RESAMPLING_PASSES * (scale.repeats or 1)
+    name, repeats = f"resamplings/resample-{trained.name}", scale.repeats or 1
+    more = () if scale.repeats is None else ("--num-repeats", str(repeats))
     return dataclasses.replace(
         trained,
         name=name,
         script="resample.py",
-        arguments=("--experiment", trained.name, *repeats),
+        arguments=("--experiment", trained.name, *more),
         seed=seed_of(name),
         kind="resampled",
         needs=(trained.name,),
         output="checkpoint_repeat0.pt",
-        epochs=1,
-        cost=passes * scale.data.train * network.multiply_adds(scale.data),
-        steps=passes * -(-scale.data.train // 128),
+        epochs=repeats,
+        cost=RESAMPLING_PASSES * repeats * scale.data.train * network.multiply_adds(scale.data),
+        steps=RESAMPLING_PASSES * repeats * -(-scale.data.train // 128),
         **fields,
     )
 

@@ -11,7 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from utils import lock
+from utils.errors import UserError
 from utils.files import read_json
+from utils.runs import options
 
 STEP = 100_000_000  # what every step costs besides its products (loader, Python, small kernels), in multiply-adds
 
@@ -45,9 +47,9 @@ def read_state(root, experiment):
         return state("running", holder)
     if not any((folder / name).exists() for name in ("args.json", "status.json")):
         return State("missing")
-    if "argv" in arguments and (differences := _changes(experiment, arguments["argv"])):
+    if "args" in arguments and (differences := _changes(experiment, arguments["args"], known.epochs)):
         return state("changed", differences)
-    if status.get("state") == "finished":
+    if status.get("state") == "finished" and known.epochs == experiment.epochs:
         if not (folder / experiment.output).exists():
             return state("damaged", f"{experiment.output} is missing")
         return dataclasses.replace(known, acc5=([{}] + read_metrics(folder))[-1].get("val_acc5"))
@@ -56,34 +58,15 @@ def read_state(root, experiment):
     return state("stopped") if status else state("damaged", "status.json cannot be read")
 
 
-def _changes(experiment, argv):
-    if not isinstance(argv, list):
-        return "args.json is damaged"
-    before, now = _definition(argv), _definition(experiment.command()[2:])
-    names = [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]
-    return "; ".join(f"{flag.strip('-')} = {before.get(flag)}, now {now.get(flag)}" for flag in names)
-
-
-PLACEMENT = set(
-    "-p --print-freq -j --workers --device --checkpoints --data --data-dir --dir --experiment --resume".split()
-)
-ALIASES = {"-b": "--batch-size", "--wd": "--weight-decay", "-a": "--arch"}
-
-
-def _definition(argv):
-    flags = {ALIASES.get(flag, flag): " ".join(values) for flag, values in flags_of(map(str, argv)).items()}
-    return {flag: values for flag, values in flags.items() if flag not in PLACEMENT}
-
-
-def flags_of(arguments):
-    """{flag: values} of a command's arguments, in order. Numbers are never flags."""
-    flags, values = {}, []
-    for token in arguments:
-        if token.startswith("-") and not token[1:2].isdigit():
-            values = flags[token] = []
-        else:
-            values.append(token)
-    return {flag: tuple(values) for flag, values in flags.items()}
+def _changes(experiment, stored, epochs):
+    """What the experiment would do differently from a run: "lr = 0.01, now 0.05; …", "" if it would resume the run."""
+    try:
+        differences = options.changes(experiment.script, stored, experiment.command()[2:])
+    except UserError as error:
+        return str(error)
+    if epochs and epochs > experiment.epochs:
+        differences["epochs"] = (epochs, experiment.epochs)
+    return "; ".join(f"{field} = {before!r}, now {now!r}" for field, (before, now) in differences.items())
 
 
 # --- Time --------------------------------------------------------------------------------------------------------

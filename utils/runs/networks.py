@@ -11,13 +11,12 @@ from torch import nn
 
 import models
 from models.config import BlockConfig, ScatNetConfig, StandardConfig
-from models.names import PLAIN
 from models.signal import Signal
 from utils.errors import UserError, as_user_error, first_line
 from utils.runs import values
 from utils.runs.checkpoints import load, load_weights
 from utils.runs.folder import RunFolder
-from utils.runs.options import BLOCKS, STANDARD, TRAINING, block_archs, is_standard
+from utils.runs.options import BLOCKS, STANDARD, TRAINING, block_archs, block_kinds, is_standard
 
 _NO_FILE = "none"  # in a list of files: no file for this block
 _MATRICES = [option.field for option in TRAINING.options if option.type is values.matrix_file]
@@ -61,8 +60,7 @@ def _block_config(args, index, arch):
     found = _values(BlockConfig, BLOCKS, args, index)
     if not args.scattering_wph[index]:
         found["psi_arch"] = ("mod", *found["psi_arch"])
-    first = args.factorize_filters
-    found["kind"] = PLAIN if first is None or index < first else (index - first) % 2
+    found["kind"] = block_kinds(args.n_blocks, args.factorize_filters)[index]
     if found["projection_basis"] is not None:
         found["projection_basis"] = _columns(args, index, found["projection_basis"])
     return BlockConfig(arch=tuple(arch), orthogonal=args.pars_reg or args.quadrature_reg, **found)

@@ -8,8 +8,10 @@ import re
 import secrets
 import time
 from dataclasses import replace
+from itertools import accumulate
 
 from models import names
+from models.signal import output_size
 from utils.data.names import BAD_IMAGES, DATASETS, IN_FOLDERS, WITH_FLAGS
 from utils.errors import UserError
 from utils.runs import values as to
@@ -225,6 +227,16 @@ def block_archs(args):
     if args.last_arch:
         archs[-1] = args.last_arch
     return archs
+
+
+def block_kinds(n_blocks, first):
+    """The kinds of the blocks' wavelet transforms: plain, from block `first` on (None: none) steps 0, 1 of octaves."""
+    return [names.PLAIN if first is None or index < first else (index - first) % 2 for index in range(n_blocks)]
+
+
+def image_sizes(size, n_blocks, first):
+    """The height of an image after each block, for an input of height `size`."""
+    return list(accumulate(block_kinds(n_blocks, first), lambda m, kind: output_size(m, kind != 0), initial=size))[1:]
 
 
 def size_option(module):

@@ -24,7 +24,7 @@ from torchvision.transforms import functional
 
 import main_block
 from tests import published_files
-from tests.published_files import Hostile, python2_pickle, random_images, to_rows, write_imagenet
+from tests.published_files import Hostile, random_images, to_rows, write_imagenet
 from utils.data.datasets import load_datasets
 from utils.data.names import DATASETS, IN_FOLDERS
 from utils.data.published import READERS
@@ -284,11 +284,10 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path, hide, protocol):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("protocol", [*range(pickle.HIGHEST_PROTOCOL + 1), "python2"])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_any_protocol_are_read(tmp_path, protocol):
     def pickled(content):
-        content["data"] = np.asfortranarray(content["data"])
-        return python2_pickle(content) if protocol == "python2" else pickle.dumps(content, protocol=protocol)
+        return pickle.dumps({**content, "data": np.asfortranarray(content["data"])}, protocol)
 
     (images, labels), _ = published_files.write_imagenet32(tmp_path, pickled=pickled)
     check_set(load("imagenet32", tmp_path).train, images, labels - 1)
@@ -301,7 +300,7 @@ ROWS = to_rows(random_images(3, 32))
     "content, complaint",
     [
         (b"", "damaged"),
-        (python2_pickle({"data": ROWS, "labels": [1, 2, 3]})[:5000], "damaged"),
+        (pickle.dumps({"data": ROWS, "labels": [1, 2, 3]})[:5000], "damaged"),
         (b"not a pickle at all", "damaged"),
         (pickle.dumps([1, 2]), "dictionary"),
         (pickle.dumps({"labels": [1, 2, 3]}), "'data'"),

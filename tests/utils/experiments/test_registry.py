@@ -11,7 +11,7 @@ import models
 from models.signal import Signal
 from tests.conftest import ROOT
 from tests.golden_data import original_commands
-from utils.experiments import networks, registry
+from utils.experiments import registry
 from utils.runs import options
 from utils.runs.networks import network_config
 
@@ -114,7 +114,7 @@ def test_published_numbers_of_figure_3():
     ],
 )
 def test_sizes_of_the_specification(blocks, factorize, size, expected):
-    assert networks.Scattering((1,) * blocks, factorize=factorize).image_sizes(size) == expected
+    assert options.image_sizes(size, blocks, factorize) == expected
 
 
 def counted_multiply_adds(experiment, shape):
