@@ -139,20 +139,17 @@ def run(chosen, args):
     """Runs the experiments on this machine. Returns the exit status."""
     devices = gpus() if args.device in (None, "auto", "cuda") else ()
     is_small = args.scale == "laptop" and not devices
-    start = args.start or ("warm" if is_small and sys.platform == "linux" else "fresh")
+    is_warm = args.start == "warm" or not args.start and is_small and sys.platform == "linux"
     jobs = args.jobs or (runner.cores() if is_small else max(1, len(devices)))
     os.environ["OMP_NUM_THREADS"] = runner.threads_per_job(jobs)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))
-    settings = runner.Settings(
-        root=Path(args.checkpoints),
-        folder=FOLDER,
-        start=processes.start_warm if start == "warm" else processes.start_fresh,
-        jobs=jobs,
-        data=args.data,
-        extra=extra_flags(args),
-        gpus=devices,
-    )
-    return runner.Runner(chosen, settings).run()
+
+    def start(experiment, log, environment):
+        command = experiment.command(sys.executable, args.data, extra_flags(args))
+        command[1] = str(FOLDER / command[1])
+        return (processes.start_warm if is_warm else processes.start_fresh)(command, log, environment)
+
+    return runner.Runner(chosen, Path(args.checkpoints), start, jobs, devices, bool(args.data)).run()
 
 
 def main(argv=None):

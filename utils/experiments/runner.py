@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from utils.errors import DivergedError, StoppedError, UserError, WriteError
@@ -22,31 +21,15 @@ TAIL = 15  # lines of a log
 
 
 @dataclasses.dataclass
-class Settings:
-    """How to run. root: of the checkpoints. folder: of the scripts. jobs: at a time. start: of `utils.processes`.
-
-    data: ImageNet's folder or None. extra: flags for every command. gpus: names for CUDA_VISIBLE_DEVICES, or none.
-    """
-
-    root: Path
-    folder: Path
-    start: Callable
-    jobs: int = 1
-    data: str | None = None
-    extra: tuple = ()
-    gpus: tuple = ()
-
-
-@dataclasses.dataclass
 class Run:
     """A process that runs an experiment. log_start: where this attempt begins in its log."""
 
     experiment: object
-    process: object
     slot: int
     log: Path
     log_start: int
     started: float
+    process: object = None
 
 
 def cores():
@@ -73,21 +56,30 @@ def longest_first(experiments):
 
 
 class Runner:
-    """Runs experiments, each listed after those it needs. `run` returns 0 if all are finished in the end, or else 1."""
+    """Runs experiments, each listed after those it needs, `jobs` at a time, in folders under `root`.
 
-    def __init__(self, experiments, settings, terminal=None):
-        self.waiting = longest_first(experiments) if settings.jobs > 1 else list(experiments)
-        self.settings, self.running, self.outcome, self.elsewhere, self.signals = settings, [], {}, {}, []
-        self.report = Report(experiments, self.outcome, settings.root, terminal)
+    start: (experiment, log file, environment) -> its process, as of `utils.experiments.processes`.
+    gpus: names for CUDA_VISIBLE_DEVICES. has_imagenet: whether ImageNet is available. `run` returns the exit status.
+    """
+
+    def __init__(self, experiments, root, start, jobs=1, gpus=(), has_imagenet=False):
+        self.root, self.start, self.jobs, self.gpus, self.has_imagenet = root, start, jobs, gpus, has_imagenet
+        self.waiting = longest_first(experiments) if jobs > 1 else list(experiments)
+        self.running, self.outcome, self.elsewhere, self.signals = [], {}, {}, []
+        self.report = Report(experiments, self.outcome, root)
 
     def run(self):
-        """Runs everything. Raises StoppedError after SIGINT or SIGTERM, once the processes have ended."""
+        """Runs everything: 0 if all are finished in the end, 1 otherwise.
+
+        Raises StoppedError after SIGINT or SIGTERM, once the processes have ended.
+        """
         for experiment in list(self.waiting):
-            if read_state(self.settings.root, experiment).name == "finished":
+            if read_state(self.root, experiment).name == "finished":
                 self._settle(experiment, "finished")
         if self.waiting and self.outcome:
             self.report.say(f"{self.report.finished()} already.")
-        before = {signum: signal.signal(signum, self._interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(each, lambda signum, frame: self.signals.append(signum)) for each in signals]
         try:
             while (self.waiting or self.running) and not self.signals:
                 self._reap()
@@ -96,15 +88,13 @@ class Runner:
                 time.sleep(0.05 if self.running or not self.waiting else 0.5)
         finally:
             self._stop()
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+            for each, handler in zip(signals, before):
+                signal.signal(each, handler)
         if self.signals:
             self.report.clear_line()
             done = self.report.finished()
             raise StoppedError(f"stopped by a signal; {done}, rerun the same command for the rest", self.signals[-1])
         return self.report.summary()
-
-    # --- What can be started ---
 
     def _settle(self, experiment, outcome, reason=""):
         """Settles an experiment that was waiting; `reason`: why it is skipped."""
@@ -120,23 +110,21 @@ class Runner:
                 return
             unsettled = {other.name for other in [*self.waiting, *(run.experiment for run in self.running)]}
             missing = [need for need in experiment.needs if self.outcome.get(need) != "finished"]
-            is_full = len(self.running) >= self.settings.jobs
-            if not unsettled & set(experiment.needs) and (missing or not is_full):
+            if not unsettled & set(experiment.needs) and (missing or len(self.running) < self.jobs):
                 self._launch_one(experiment, missing)
 
     def _launch_one(self, experiment, missing):
-        state = read_state(self.settings.root, experiment)
+        state = read_state(self.root, experiment)
         if state.name == "finished":
             self._settle(experiment, "finished")
         elif missing:
             self._settle(experiment, "blocked", f"requires {missing[0]}")
         elif state.name == "changed":
-            folder = self.settings.root / experiment.name
-            reason = f"{folder} was made by another command ({state.detail}); move it away to run this one"
-            self._settle(experiment, "changed", reason)
+            reason = f"{self.root / experiment.name} was made by another command ({state.detail})"
+            self._settle(experiment, "changed", f"{reason}; move it away to run this one")
         elif state.name == "running":
             self._leave_to(state.detail, experiment)
-        elif experiment.uses_imagenet and not self.settings.data:
+        elif experiment.uses_imagenet and not self.has_imagenet:
             self._settle(experiment, "blocked", "requires ImageNet: --data DIR or IMAGENET_DIR")
         else:
             self.elsewhere.pop(experiment.name, None)
@@ -149,28 +137,20 @@ class Runner:
             self.elsewhere[experiment.name] = holder
             self.report.say(f"{experiment.name}: already being run by {holder}, waiting for it")
 
-    # --- Processes ---
-
     def _start(self, experiment):
-        log = self.settings.root / "logs" / f"{experiment.name}.log"
-        slot = min(set(range(self.settings.jobs)) - {run.slot for run in self.running})
-        command = experiment.command(sys.executable, self.settings.data, self.settings.extra)
-        command[1] = str(self.settings.folder / command[1])
+        log = self.root / "logs" / f"{experiment.name}.log"
+        slot = min(set(range(self.jobs)) - {run.slot for run in self.running})
+        environment = {key: value for key, value in os.environ.items() if key != "SLURM_ARRAY_TASK_ID"}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as file:
-                process = self.settings.start(command, file, self._environment(slot))
-                self.running.append(Run(experiment, process, slot, log, file.tell(), time.monotonic()))
+                run = Run(experiment, slot, log, file.tell(), time.monotonic())
+                run.process = self.start(experiment, file, environment)
+                self.running.append(run)
         except OSError as error:
             self._fail(experiment, f"could not be started: {error}")
-
-    def _environment(self, slot):
-        """The environment of the process in a slot, with its GPU."""
-        environment = dict(os.environ)
-        environment.pop("SLURM_ARRAY_TASK_ID", None)
-        if self.settings.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.settings.gpus[slot % len(self.settings.gpus)]
-        return environment
 
     def _reap(self):
         """Settles the experiments whose processes have ended."""
@@ -179,7 +159,7 @@ class Runner:
             if status is None:
                 continue
             self.running.remove(run)
-            state = read_state(self.settings.root, run.experiment)
+            state = read_state(self.root, run.experiment)
             if state.name == "finished":
                 self.outcome[run.experiment.name] = "finished"
                 self.report.trained(run, state)
@@ -192,9 +172,6 @@ class Runner:
     def _fail(self, experiment, reason, lines=()):
         self.outcome[experiment.name] = "failed"
         self.report.say(f"{self.report.place()} {experiment.name}: failed, {reason}", *lines)
-
-    def _interrupt(self, signum, frame):
-        self.signals.append(signum)
 
     def _stop(self):
         """Ends the processes that still run: asks, waits for their checkpoints, and insists after a while."""
@@ -211,9 +188,9 @@ class Runner:
 class Report:
     """What a run prints: lines, and on a terminal one more that shows progress. `outcome`: name -> how it ended."""
 
-    def __init__(self, experiments, outcome, root, terminal=None):
+    def __init__(self, experiments, outcome, root):
         self.experiments, self.outcome, self.root = experiments, outcome, root
-        self.terminal = sys.stdout.isatty() if terminal is None else terminal
+        self.terminal = sys.stdout.isatty()
         self.begun, self.work, self.shown, self.trained_here = time.monotonic(), self._left(), 0.0, 0
 
     def say(self, text, *more):
