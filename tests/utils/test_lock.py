@@ -26,7 +26,7 @@ with lock.Lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
-FORK = "os.fork() or (time.sleep(1.5), os._exit(0))"
+FORK = "r, w = os.pipe(); os.fork() or (os.write(w, b'.'), time.sleep(1.5), os._exit(0)); os.read(r, 1)"
 
 
 @pytest.fixture
