@@ -17,8 +17,6 @@ from utils.figures.claims import Claim
 from utils.figures.data import FigureData, published_numbers
 from utils.figures.source import Source
 
-Rows = list[tuple[str, str, str]]
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -47,7 +45,7 @@ class Figure:
         found = getattr(claims, self.name)(data, published_numbers(self.name))
         return [Claim(self.number, text, known, own, bool(holds)) for text, known, own, holds in found]
 
-    def comparison(self, data: FigureData) -> Rows:
+    def comparison(self, data: FigureData) -> list[tuple[str, str, str]]:
         """Rows (what, published, this run) of the numbers published with it; [] if only a plot was."""
         published = published_numbers(self.name)
         return list(getattr(comparison, self.name)(data, published)) if published else []

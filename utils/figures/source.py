@@ -144,7 +144,7 @@ class Source:
 
     def _datasets(self, experiment):
         args = self._args(experiment)
-        key = tuple(str(getattr(args, option.field)) for option in TRAINING.options if option.group == "data")
+        key = tuple(str(getattr(args, option.field)) for option in TRAINING.options if option.group.title == "data")
         if key not in self._data:
             self._data[key] = load_datasets(args)
         return self._data[key]

@@ -172,8 +172,8 @@ def tiny_arguments(experiment):
     return [*data, *arch, "--factorize-filters", "0", "--n-blocks", str(blocks), "--classifier-batch-norm", "std"]
 
 
-def make_run(root, experiment):
-    """What a finished run of an experiment leaves, with a tiny network that was never trained."""
+def make_run(root, experiment, scale=1):
+    """What a finished run of an experiment leaves, with a tiny untrained network, its weights times `scale`."""
     folder = RunFolder(root, experiment.name)
     folder.create()
     status = {"state": "finished", "epoch": experiment.epochs, "epochs": experiment.epochs, "acc1": 50.0}
@@ -189,6 +189,7 @@ def make_run(root, experiment):
     size = args.resize_images or 8
     torch.manual_seed(experiment.seed)
     network = models.build(network_config(args, Signal(1, size, size), 10))
+    torch._foreach_mul_([p.data for p in network.parameters()], scale)
     trained = Trained(network, args, Signal(1, size, size), 10)
     (folder.path / "args.json").write_text(json.dumps({"args": vars(args)}))
     for epoch in ("last", 0, 1) if experiment.group in ("dynamics", "weight_convergence") else ("last",):
@@ -231,11 +232,28 @@ def test_sampled_accuracies_are_the_last_of_every_sample(paper):
     np.testing.assert_array_equal(paper[0].sampled_accuracies(experiment), [40, 50])
 
 
-def test_missing_experiments_are_named_with_the_command_that_makes_them(tmp_path, capsys):
+def test_every_network_sees_images_of_its_own_size(paper):
+    members = registry.figure_sets("paper", 7)
+    sizes = {name: next(iter(paper[0].train(member)))[0].shape[-1] for name, (member,) in members.items()}
+    assert sizes == {"resnet": 32, "scattering": 8}
+
+
+def error_of_figure_9(tmp_path, capsys):
+    """What the command says on stderr if it can compute nothing."""
     folders = ["--checkpoints", str(tmp_path), "--numbers", str(tmp_path / "numbers"), "--out", str(tmp_path / "out")]
-    status = main(["--scale", "laptop", "--figure", "9", "--device", "cpu", *folders])
-    error = capsys.readouterr().err
-    assert status == 2 and not (tmp_path / "out").exists() and not (tmp_path / "numbers").exists()
+    assert main(["--scale", "laptop", "--figure", "9", "--device", "cpu", *folders]) == 2
+    assert not (tmp_path / "out").exists() and not (tmp_path / "numbers").exists()
+    return capsys.readouterr().err
+
+
+def test_missing_experiments_are_named_with_the_command_that_makes_them(tmp_path, capsys):
+    error = error_of_figure_9(tmp_path, capsys)
     assert "1 of its 1 experiments are not finished" in error
     assert f"python run_exps.py --scale laptop --figure 9 --checkpoints {tmp_path}" in error
     assert registry.figure_sets("laptop", 9)["network"][0].name in error
+
+
+def test_a_network_that_cannot_be_analysed_is_an_error_in_one_line(tmp_path, capsys):
+    make_run(tmp_path, registry.figure_sets("laptop", 9)["network"][0], scale=float("nan"))
+    error = error_of_figure_9(tmp_path, capsys)
+    assert error.startswith("figures: error: ") and error.count("\n") == 1 and "not finite" in error
