@@ -54,24 +54,6 @@ class MemorySet(ImageSet):
         """The set of the images `indices`, with as many new `labels`."""
         return replace(self, images=self.images[indices], labels=labels, num_classes=num_classes)
 
-    def pixels_on(self, device):
-        """The images as (n, M, N, C) uint8, copied to `device` once unless they are too large to stay there."""
-        if device.type == "cpu" or self.images.nbytes > _RESIDENT_BYTES:
-            return self.images
-        return self._once(device, lambda: self.images.to(device))
-
-    def normalized_on(self, device):
-        """The images as (n, M, N, C) float32 on `device`, normalised once; None if they are too large to keep."""
-        if 4 * self.images.nbytes > _NORMALIZED_BYTES:
-            return None
-        normalize = self.normalization.on(device, self.images.shape[2])
-        return self._once((device, "normalized"), lambda: normalize(self.images.to(device)).permute(0, 2, 3, 1))
-
-    def _once(self, key, make):
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
-
     def batches(self, loader):
         """The batches of a `Loader`."""
         read = self._reader(loader)
@@ -81,12 +63,13 @@ class MemorySet(ImageSet):
 
     def _reader(self, loader):
         """A function from indices (B,) to normalised images (B, C, M, N)."""
-        device, is_augmented = loader.device, loader.key and self.padding
-        normalized = None if is_augmented else self.normalized_on(device)
-        if normalized is not None:
+        device, draws = loader.device, self._draws(loader.key) if loader.key and self.padding else None
+        normalize = self.normalization.on(device, self.images.shape[2])
+        if draws is None and 4 * self.images.nbytes <= _NORMALIZED_BYTES:
+            normalized = self._once("normalized", device, lambda: normalize(self.images.to(device)).permute(0, 2, 3, 1))
             return lambda chosen: normalized.index_select(0, chosen.to(device)).permute(0, 3, 1, 2)
-        pixels, normalize = self.pixels_on(device), self.normalization.on(device, self.images.shape[2])
-        draws = self._draws(loader.key) if is_augmented else None
+        is_resident = device.type != "cpu" and self.images.nbytes <= _RESIDENT_BYTES
+        pixels = self._once("pixels", device, lambda: self.images.to(device)) if is_resident else self.images
 
         def read(chosen):
             images = _to(pixels.index_select(0, chosen.to(pixels.device)), device)  # (B, M, N, C)
@@ -95,6 +78,12 @@ class MemorySet(ImageSet):
             return normalize(images)
 
         return read
+
+    def _once(self, name, device, make):
+        """What `make` makes, kept for the next time."""
+        if (name, device) not in self._kept:
+            self._kept[name, device] = make()
+        return self._kept[name, device]
 
     def _draws(self, key):
         """Offsets (n, 2) in 0..2·padding and flips (n,) for `crop_and_flip`."""

@@ -27,7 +27,6 @@ from tests import published_files
 from tests.published_files import Hostile, random_images, to_rows, write_imagenet
 from utils.data.datasets import load_datasets
 from utils.data.names import DATASETS, IN_FOLDERS
-from utils.data.published import READERS
 from utils.errors import UserError
 
 COLOR = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -135,10 +134,6 @@ def test_a_network_trains_on_files(name, tmp_path, write):
 
 
 # parts and conversions
-
-
-def test_every_name_has_a_reader():
-    assert sorted(READERS) == sorted(DATASETS)
 
 
 def test_grayscale_is_pils(tmp_path, write):
