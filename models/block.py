@@ -170,7 +170,7 @@ def exclude_from_compilation(network):
 
 
 def _is_as_built(module, kind, children):
-    """Whether a module has still its class and its children, and neither hooks nor a `forward` of its own."""
+    """Whether a module still has its class and children, and has neither hooks nor its own `forward`."""
     hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     changed = type(module) is not kind or module._modules != children or "forward" in module.__dict__
     return not (hooked or changed)
@@ -197,7 +197,7 @@ def fused_block(signal, stages):
 
 
 def _is_plain_modulus(transform, skip):
-    """Whether the only non-linearity is the complex modulus, at its place, with nothing beside it."""
+    """Whether the only non-linearity is the complex modulus, at its place, and φ and ψ have no other modules."""
     if skip is None:
         empty, rest = [transform.phi], list(transform.psi)
     else:

@@ -6,15 +6,6 @@ from torch import nn
 from models.standardization import SharedBatchNorm2d
 
 
-class FlatLinear(nn.Linear):
-    """A linear layer on flattened feature maps that remembers their shape: `spatial` = (C, M, N)."""
-
-    def __init__(self, spatial, classes, bias=True):
-        channels, height, width = spatial
-        super().__init__(channels * height * width, classes, bias=bias)
-        self.spatial = spatial
-
-
 def complex_to_real(x):
     """(B, C, M, N) complex -> (B, 2C, M, N) real: real and imaginary part of each channel in turn."""
     return torch.view_as_real(x.resolve_conj()).movedim(-1, 2).flatten(1, 2)
@@ -36,8 +27,8 @@ class Classifier(nn.Module):
         channels = signal.real_channels
         self.bn = nn.Identity() if batch_norm == "none" else SharedBatchNorm2d(channels, affine=batch_norm == "affine")
         self.average = average
-        spatial = (channels, 1, 1) if average else (channels, signal.height, signal.width)
-        self.linear = FlatLinear(spatial, classes, bias)
+        positions = 1 if average else signal.height * signal.width
+        self.linear = nn.Linear(channels * positions, classes, bias)
 
     def forward(self, x):
         if x.is_complex():

@@ -23,7 +23,7 @@ class Projection(nn.Module):
     """(B, D, M, N) -> (B, C, M, N): the module `name` of a block, with weights (C, D).
 
     The weights of "Pr" are real, those of "Pc" complex, those of "P" of the input's type; real weights act on the real
-    and the imaginary part of a complex input alike. A fixed basis (K, D) comes before the weights, then (C, K), if
+    and on the imaginary part of a complex input. A fixed basis (K, D) comes before the weights, then (C, K), if
     `config` has one. C = "id" keeps the input: the weights are a fixed identity.
 
     Raises ValueError if C is missing or a matrix of `config` does not fit.

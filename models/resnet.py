@@ -59,12 +59,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(B, C, M, N) images -> (B, num_classes). Raises ValueError for an unknown name or a width that leaves nothing."""
+    """(B, C, M, N) images -> (B, num_classes). Raises ValueError for a width that leaves no channel."""
 
     def __init__(self, config: StandardConfig):
         super().__init__()
-        if config.name not in RESNETS:
-            raise ValueError(f"unknown ResNet {config.name!r}: choose among {', '.join(RESNETS)}")
         expansion, depths = RESNETS[config.name]
         channels = config.scaled(64)
         self.conv1 = _convolution(config, config.input.channels, channels, 7, 2)

@@ -1,4 +1,4 @@
-"""What ResNets and VGGs are made of alike: batch norm, its place, the start of the convolutions."""
+"""What ResNets and VGGs share: batch norm, its place, and the initial convolutions."""
 
 from torch import nn
 

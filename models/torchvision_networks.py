@@ -32,21 +32,18 @@ def torchvision_network(config: StandardConfig) -> nn.Module:
             raise ValueError(f"{config.name} is torchvision's own network, whose {field.name} is fixed")
     if config.input.channels != 3:
         raise ValueError(f"torchvision's {config.name} needs images of 3 channels, not {config.input.channels}")
-    if not config.pretrained:
-        return models.get_model(config.name, weights=None, num_classes=config.num_classes)
-    weights = next(iter(models.get_model_weights(config.name)))
-    classes = len(weights.meta["categories"])
-    if config.num_classes != classes:
-        raise ValueError(
-            f"the trained weights of {config.name} are for {classes} classes, the data has {config.num_classes}"
-        )
-    network = models.get_model(config.name, weights=None, num_classes=classes)
-    network.load_state_dict(_download(weights))
+    network = models.get_model(config.name, weights=None, num_classes=config.num_classes)
+    if config.pretrained:
+        weights = next(iter(models.get_model_weights(config.name)))
+        classes, given = len(weights.meta["categories"]), config.num_classes
+        if given != classes:
+            raise ValueError(f"the trained weights of {config.name} are for {classes} classes, the data has {given}")
+        network.load_state_dict(_download(weights))
     return network
 
 
 def _download(weights):
-    """The state dict torchvision publishes for `weights`, from torch's cache where it is there already."""
+    """The state dict torchvision publishes for `weights`, from torch's cache if it is there."""
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, OSError, RuntimeError, UnpicklingError) as error:

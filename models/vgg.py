@@ -21,13 +21,11 @@ class VGG(nn.Module):
     """(B, C, M, N) images, at least 32×32 -> (B, num_classes): without batch norm torchvision's `vgg11`, with "pre"
     its `vgg11_bn`. Batch norm is in the convolutional part only; the two hidden linear layers have dropout.
 
-    Raises ValueError for an unknown name, too small images or a width that leaves no channel.
+    Raises ValueError for images that are too small or a width that leaves no channel.
     """
 
     def __init__(self, config: StandardConfig):
         super().__init__()
-        if config.name not in VGGS:
-            raise ValueError(f"unknown VGG {config.name!r}: choose among {', '.join(VGGS)}")
         height, width = config.input.height, config.input.width
         smallest = 2 ** len(_WIDTHS)
         if min(height, width) < smallest:
