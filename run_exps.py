@@ -9,6 +9,7 @@ python run_exps.py --submit slurm --gpus 1     submit them to a cluster
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,7 @@ def print_commands(chosen, args):
     width = len(str(len(chosen)))
     for i, experiment in enumerate(chosen, 1):
         command = experiment.command(data=args.data, extra=extra_flags(args))
-        print(f"[{i:>{width}}/{len(chosen)}] {experiment.name}:\t{registry.printed(command)}")
+        print(f"[{i:>{width}}/{len(chosen)}] {experiment.name}:\t{shlex.join(command)}")
 
 
 def gpus():

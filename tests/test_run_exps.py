@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -80,7 +81,7 @@ def wait_for(condition):
 
 def test_print_lists_every_command(folder):
     lines = run(folder, "--print", "--data", "/sets/imagenet").stdout.splitlines()
-    listed = [f"{experiment.name}:\t{registry.printed(experiment.command())}" for experiment in LAPTOP]
+    listed = [f"{experiment.name}:\t{shlex.join(experiment.command())}" for experiment in LAPTOP]
     assert lines == [f"[{i:>3}/{len(listed)}] {line}" for i, line in enumerate(listed, 1)]
     flags = ("--scale", "paper", "--figure", "7", "--print")
     assert run(folder, *flags, IMAGENET_DIR="/sets/imagenet").stdout.count("--data /sets/imagenet") == 2

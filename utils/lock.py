@@ -32,21 +32,17 @@ class Lock:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
-        self._key = os.urandom(8).hex()
+        self.path, self._key = Path(path), os.urandom(8).hex()
         self._released = threading.Event()
         self._life = threading.Thread(target=self._show_life, daemon=True)
 
     def __enter__(self):
         try:
             self._file, has_flock = self._open()
-            os.register_at_fork(after_in_child=self._file.close)  # or children would hold the lock as well
-            with contextlib.ExitStack() as on_error:
-                on_error.callback(self._file.close)
-                self._take(has_flock)
-                on_error.pop_all()
+            self._take(has_flock)
         except OSError as error:
             raise WriteError(f"could not write {self.path}: {error.strerror or error}") from error
+        os.register_at_fork(after_in_child=self._file.close)  # or children would hold the lock as well
         self._life.start()
         return self
 
@@ -68,30 +64,28 @@ class Lock:
                     return file, is_free
             file.close()
             time.sleep(0.02)
-        raise self._refusal()
+        raise self._refusal(file)
 
     def _take(self, has_flock):
         """Writes this process into the file unless another one lives that holds it."""
-        found = read_json(self.path, default={})
-        is_restarted = found.get("job") is not None and found["job"] == _cluster_job()
-        is_dead = not found or (has_flock if _is_here(found) else is_restarted)
-        if not is_dead and not _is_silent(self.path):
-            raise self._refusal()
+        found, job = read_json(self.path, default={}), _cluster_job()
+        is_dead = has_flock if _is_here(found) else job is not None and found.get("job") == job
+        if found and not is_dead and not _is_silent(self.path):
+            raise self._refusal(self._file)
         who = {"program": os.path.basename(sys.argv[0]), "pid": os.getpid(), "host": socket.gethostname()}
         self._file.truncate(0)
-        self._file.write(json.dumps({**who, "job": _cluster_job(), "key": self._key}))
+        self._file.write(json.dumps({**who, "job": job, "key": self._key}))
         self._file.flush()
         if not has_flock:
             time.sleep(SETTLE)
             if not self._is_mine():
-                raise self._refusal()
+                raise self._refusal(self._file)
 
-    def _refusal(self):
+    def _refusal(self, file):
         who = holder(self.path) or "another process"
-        return UserError(
-            f"{self.path.parent} is in use by {who}: wait for it or end it; its lock, {self.path}, lapses at most "
-            f"{SILENCE:.0f} s after its end"
-        )
+        file.close()
+        lapse = f"its lock, {self.path}, lapses at most {SILENCE:.0f} s after its end"
+        return UserError(f"{self.path.parent} is in use by {who}: wait for it or end it; {lapse}")
 
     def _is_mine(self):
         """Whether the file still names this process. Raises OSError for a disk that does not answer."""
@@ -116,11 +110,11 @@ def holder(path):
         with open(path) as file:
             is_free = _flock(file, fcntl.LOCK_SH)
         found = read_json(path, default={})
-        if is_free is False:
-            return _describe(found)
-        return None if not found or is_free and _is_here(found) or _is_silent(path) else _describe(found)
+        is_held = is_free is False or found and not (is_free and _is_here(found)) and not _is_silent(path)
     except OSError:
         return None
+    who = f"{found.get('program')}, process {found.get('pid')} on {found.get('host')}" if found else "another process"
+    return who if is_held else None
 
 
 def _is_silent(path):
@@ -136,7 +130,7 @@ def _is_silent(path):
 
 
 def _flock(file, kind):
-    """Takes the system's lock if it is free. Returns whether it was, None where the disk has no such locks."""
+    """Takes the system's lock if it is free. Returns whether it was, None if the disk has no such locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
         return True
@@ -144,10 +138,6 @@ def _flock(file, kind):
         return False
     except OSError:
         return None
-
-
-def _describe(found):
-    return f"{found.get('program')}, process {found.get('pid')} on {found.get('host')}" if found else "another process"
 
 
 def _is_here(found):

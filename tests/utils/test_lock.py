@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from tests.conftest import ROOT
 from utils import lock
 from utils.errors import UserError
-from utils.lock import Lock
+from utils.lock import Lock, holder
 
 PROGRAM = """
 import os, sys, time
@@ -24,41 +23,33 @@ lock.HEARTBEAT = 0.05
 with lock.Lock(sys.argv[1]):
     {}
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 FORK = "r, w = os.pipe(); os.fork() or (os.write(w, b'.'), time.sleep(1.5), os._exit(0)); os.read(r, 1)"
+HERE = socket.gethostname()
 
 
 @pytest.fixture
-def hold(tmp_path):
-    """Starts a process that holds the lock, after doing more if so wanted."""
+def path(tmp_path):
+    return tmp_path / "lock"
+
+
+@pytest.fixture
+def hold(path):
+    """Starts a process that holds the lock until its input ends, after doing more if so wanted."""
     processes = []
 
-    def start(more="pass"):
-        command = [sys.executable, "-c", PROGRAM.format(more), str(tmp_path / "lock")]
-        process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        processes.append(process)
-        assert process.stdout.readline() == "held\n"
-        return process
+    def hold(more="pass", wait=True):
+        command = [sys.executable, "-c", PROGRAM.format(more), str(path)]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
+        assert not wait or processes[-1].stdout.readline() == "held\n"
+        return processes[-1]
 
-    yield start
+    yield hold
     for process in processes:
         process.kill()
         process.communicate()
-
-
-@pytest.fixture
-def hurried(monkeypatch):
-    for name, seconds in (("SILENCE", 0.5), ("SETTLE", 0.1)):
-        monkeypatch.setattr(lock, name, seconds)
-
-
-@pytest.fixture
-def without_flock(monkeypatch):
-    def refuse(*arguments):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
 
 
 def write(path, **changes):
@@ -66,101 +57,98 @@ def write(path, **changes):
     path.write_text(json.dumps({"program": "p.py", "pid": 7, "host": "elsewhere", "job": None, "key": "0", **changes}))
 
 
-def test_a_held_lock_is_refused_at_once_and_its_holder_named(tmp_path, hold):
-    who = f"-c, process {hold().pid} on {socket.gethostname()}"
-    with pytest.raises(UserError, match=f"in use by {who}: wait for it"), Lock(tmp_path / "lock"):
+def assert_is_free(path):
+    assert holder(path) is None
+    with Lock(path):
+        assert f"process {os.getpid()} on {HERE}" in holder(path)
+    assert not os.listdir(path.parent) and holder(path) is None
+
+
+def assert_is_held(path, who):
+    assert who in holder(path)
+    with pytest.raises(UserError, match=f"in use by .*{who}.*: wait for it or end it; .*{path}, lapses"), Lock(path):
         pass
-    assert lock.holder(tmp_path / "lock") == who
 
 
-def test_a_lock_is_given_back(tmp_path):
-    for _ in range(2):
-        with Lock(tmp_path / "lock"):
-            assert f"process {os.getpid()} on" in lock.holder(tmp_path / "lock")
-        assert not os.listdir(tmp_path) and lock.holder(tmp_path / "lock") is None
+def test_a_held_lock_is_refused_at_once_its_holder_named_and_then_given_back(path, hold):
+    process = hold()
+    assert_is_held(path, f"process {process.pid} on {HERE}")
+    process.communicate()
+    assert_is_free(path)
 
 
-def test_the_lock_of_a_killed_process_is_free_at_once_even_if_it_had_forked(tmp_path, hold):
+def test_the_lock_of_a_killed_process_is_free_at_once_even_if_it_had_forked(path, hold):
     process = hold(FORK)
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, not reaped
-    assert lock.holder(tmp_path / "lock") is None
-    with Lock(tmp_path / "lock"):
-        pass
+    assert_is_free(path)
 
 
-def test_one_of_several_that_start_together_wins(tmp_path):
-    program = "import sys, time; from utils.lock import Lock\nwith Lock(sys.argv[1]): time.sleep(2)"
-    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
-    started = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) for _ in range(4)]
-    assert sorted(process.wait() for process in started) == [0, 1, 1, 1]
+def test_one_of_several_that_start_together_wins(hold):
+    processes = [hold(wait=False) for _ in range(4)]
+    while sum(process.poll() is None for process in processes) > 1:
+        time.sleep(0.02)
+    for process in processes:
+        process.communicate()
+    assert sorted(process.returncode for process in processes) == [0, 1, 1, 1]
 
 
-def test_asking_who_holds_a_lock_does_not_disturb_those_who_take_it(tmp_path):
-    end = threading.Event()
-
-    def ask():
-        while not end.is_set():
-            lock.holder(tmp_path / "lock")
-
-    asking = threading.Thread(target=ask)
-    asking.start()
+def test_asking_who_holds_a_lock_does_not_disturb_those_who_take_it(path):
+    asking = "import sys\nfrom utils.lock import holder\nprint(flush=True)\nwhile True: holder(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-c", asking, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
     try:
-        for _ in range(100):
-            with Lock(tmp_path / "lock"):
+        for _ in range(200):
+            with Lock(path):
                 pass
     finally:
-        end.set()
-        asking.join()
+        process.kill()
+        process.wait()
 
 
-@pytest.mark.parametrize("who", [{}, {"host": socket.gethostname(), "key": None, "started": "1"}], ids=["far", "old"])
-def test_a_holder_out_of_reach_of_flock_is_honoured_until_it_is_silent(tmp_path, monkeypatch, who):
+@pytest.mark.parametrize("who", [{}, {"host": HERE, "key": None, "started": "1"}], ids=["far", "old"])
+def test_a_holder_out_of_reach_of_flock_is_honoured_until_it_is_silent(path, monkeypatch, who):
     """On another machine, or of an earlier version, which had no flock; the clock of this machine does not matter."""
     monkeypatch.setattr("time.time", lambda: 0.0)
-    path = tmp_path / "lock"
     write(path, **who)
-    with pytest.raises(UserError, match=f"in use by p.py, process 7 .*{path}, lapses at most 45 s"), Lock(path):
-        pass
-    assert "p.py, process 7" in lock.holder(path)
+    assert_is_held(path, "p.py, process 7")
     now = path.stat().st_mtime
     for touched in (now - 60, now + 86400):
         write(path, **who)
         os.utime(path, (touched, touched))
-        assert lock.holder(path) is None
-        with Lock(path):
-            pass
+        assert_is_free(path)
 
 
-def test_a_cluster_job_that_was_restarted_elsewhere_takes_its_own_lock(tmp_path, monkeypatch):
-    write(tmp_path / "lock", job="77_0")
+def test_a_cluster_job_that_was_restarted_elsewhere_takes_its_own_lock(path, monkeypatch):
+    write(path, job="77_0")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with Lock(tmp_path / "lock"):
+    with Lock(path):
         pass
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"pid"', "\xff"])
-def test_a_lock_file_that_names_nobody_is_no_lock(tmp_path, content):
-    (tmp_path / "lock").write_text(content, encoding="latin-1")
-    assert lock.holder(tmp_path / "lock") is None
-    with Lock(tmp_path / "lock"):
-        pass
+def test_a_lock_file_that_names_nobody_is_no_lock(path, content):
+    path.write_text(content, encoding="latin-1")
+    assert_is_free(path)
 
 
-def test_a_disk_without_flock_has_locks_that_end_with_silence(tmp_path, hurried, without_flock, hold):
+def test_a_disk_without_flock_has_locks_that_end_with_silence(path, monkeypatch, hold):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
     process = hold()
-    with pytest.raises(UserError, match=f"process {process.pid}"), Lock(tmp_path / "lock"):
-        pass
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(lock, "SILENCE", 2.0)
+    monkeypatch.setattr(lock, "SETTLE", 0.1)
+    assert_is_held(path, f"process {process.pid}")
     process.kill()
-    time.sleep(0.6)
-    with Lock(tmp_path / "lock"):
-        assert "process" in lock.holder(tmp_path / "lock")
-    assert not os.listdir(tmp_path)
+    time.sleep(2.5)
+    assert_is_free(path)
 
 
 @pytest.mark.parametrize("loss", [Path.unlink, write], ids=["removed", "taken"])
-def test_a_process_that_has_lost_its_lock_ends_at_once(tmp_path, hold, loss):
+def test_a_process_that_has_lost_its_lock_ends_at_once(path, hold, loss):
     process = hold()
-    loss(tmp_path / "lock")
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 1 and errors.endswith("this process ends without saving\n")
+    loss(path)
+    assert process.wait(timeout=20) == 1
+    assert process.stderr.read().endswith("this process ends without saving\n")

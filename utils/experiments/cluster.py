@@ -24,16 +24,12 @@ REQUEUES = 1000
 
 def add_arguments(group):
     """The flags of --submit."""
+    limit = "time limit of a job as in sbatch (default 24:00:00), after which it saves its state and requeues"
+    pack = "experiments per job, --jobs at a time (default 1)"
     group.add_argument("--partition", metavar="NAME", help="SLURM's partition")
     group.add_argument("--gpus", type=int, metavar="N", help="GPUs per job (default: SLURM's own)")
-    group.add_argument(
-        "--time",
-        default="24:00:00",
-        help="time limit of a job as in sbatch (default 24:00:00), after which it requeues",
-    )
-    group.add_argument(
-        "--pack", type=int, default=1, metavar="N", help="experiments per job, --jobs at a time (default 1)"
-    )
+    group.add_argument("--time", default="24:00:00", help=limit)
+    group.add_argument("--pack", type=int, default=1, metavar="N", help=pack)
 
 
 def minutes(text):
@@ -55,8 +51,7 @@ class Job:
         self.command, self._process = command, None
 
     def __call__(self):
-        environment = {key: value for key, value in os.environ.items() if key != "SLURM_ARRAY_TASK_ID"}
-        self._process = start_fresh(self.command, sys.stdout, environment)
+        self._process = start_fresh(self.command, sys.stdout, dict(os.environ))
         try:
             while (status := self._process.poll()) is None:
                 time.sleep(0.1)
@@ -105,10 +100,7 @@ class Unit:
 
 
 def levels(experiments, pack):
-    """Lists of units of at most `pack` experiments, each list needing only what is in those before it.
-
-    experiments: each listed after those it needs.
-    """
+    """Lists of units of at most `pack` experiments, each list needing only what is in those before it."""
     depth, found = {}, {}
     for experiment in experiments:
         depth[experiment.name] = level = max((depth.get(need, -1) for need in experiment.needs), default=-1) + 1

@@ -15,15 +15,8 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-# The scripts, what they import late, and this program, which every child imports.
-PRELOADED = [
-    "main_block",
-    "resample",
-    "models.standard",
-    "torchvision",
-    "sklearn.datasets",
-    "utils.experiments.cluster",
-]
+# The scripts, what they import late, and what every child imports of this program.
+PRELOADED = "main_block resample models.standard torchvision sklearn.datasets utils.experiments.cluster".split()
 _SET_PARENT_DEATH_SIGNAL = 1
 
 

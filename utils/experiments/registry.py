@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import operator
-import shlex
 from types import SimpleNamespace
 
 from utils.experiments.networks import CIFAR10, DIGITS, DIGITS32, IMAGENET, IMAGENET1K, Recipe, ResNet, Scattering
@@ -215,11 +214,6 @@ def trial(experiment, overrides):
     epochs = int(overrides.get("--epochs", other.epochs))
     cost, steps = (int(amount * (epochs / other.epochs)) for amount in (other.cost, other.steps))
     return dataclasses.replace(other, arguments=tuple(arguments), epochs=epochs, cost=cost, steps=steps)
-
-
-def printed(command):
-    """A command as a shell would take it."""
-    return shlex.join(command)
 
 
 # --- Published numbers -------------------------------------------------------------------------------------------
