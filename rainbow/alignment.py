@@ -20,7 +20,7 @@ from rainbow.layers import Layer
 from rainbow.moments import Moments, moments, position_of, prepare
 from rainbow.network import Network
 from rainbow.norms import Affine, normalized_product
-from rainbow.precision import accumulation_device, to_double
+from rainbow.precision import accumulation_device, rounding, to_double
 from rainbow.running import evaluating, first_images, stream_inputs
 from rainbow.samples import ChannelSums, ProductSum, Samples
 
@@ -55,15 +55,16 @@ def transport(weights: Tensor, A: Tensor) -> Tensor:
     return torch.einsum("nck,cd->ndk", kernels, A.to(device=kernels.device, dtype=dtype)).flatten(1)
 
 
-def alignment_error(A: Tensor, K: Tensor, aa: float, bb: float) -> float:
+def alignment_error(A: Tensor, K: Tensor, aa: float, bb: float, noise: float = 0.0) -> float:
     """2 (1 - ab / √(aa·bb)) with ab = Re E⟨φ_a A, φ_b⟩ = Re ⟨A, K⟩, aa = E‖φ_a‖², bb = E‖φ_b‖².
 
     0 for a perfect alignment, 2 for activations that have nothing in common. A factor 1/√D on activations cancels.
+    noise: the relative rounding error of ab, aa and bb; an error that it may have made, up to 4 noise, is 0.
     """
     if aa == 0 or bb == 0:
         return 0.0 if aa == bb else 2.0
-    ab = (A.conj() * K).sum().real.item()
-    return max(2 * (1 - ab / math.sqrt(aa * bb)), 0.0)  # rounding may leave -1e-7
+    error = 2 * (1 - _inner(A, K) / math.sqrt(aa * bb))
+    return error if error > 4 * noise else 0.0
 
 
 def is_same_input(found: Moments, i: int, j: int, layer: int) -> bool:
@@ -143,17 +144,20 @@ class Alignment:
         return [alignment_error(A, *self._products(found, i, j, k)) for k, A in enumerate(self.matrices)]
 
     def _products(self, found, i, j, k):
-        """K, E‖φ_a‖² and E‖φ_b‖², of activations standardised with the statistics fitted on where asked."""
-        K = found.cross(i, j, k)
+        """K, E‖φ_a‖² and E‖φ_b‖², of activations standardised with the statistics fitted on if asked, and the relative
+        error of their rounding, which is that of energies around 0: standardising magnifies it."""
+        K, error = found.cross(i, j, k), rounding(found.count(i, k))
         if not self.standardize:
-            return K, found.energy(i, k), found.energy(j, k)
-        maps, energies = [], []
+            return K, found.energy(i, k), found.energy(j, k), error
+        maps, energies, magnified = [], [], 1.0
         for n, (mean, var) in zip((i, j), self._statistics[k]):
             scale = torch.where(var > 0, var.rsqrt(), 0)
-            offset = found.mean(n, k) - mean
+            around, around_0 = found.mean(n, k) - mean, found.mean(n, k)
+            energy, raw = ((found.var(n, k) + m.abs().square()) @ scale.square() for m in (around, around_0))
             maps.append(Affine(mean, scale))
-            energies.append(((found.var(n, k) + offset.abs().square()) * scale.square()).sum().item())
-        return normalized_product(K, found.mean(i, k), maps[0], found.mean(j, k), maps[1]), *energies
+            energies.append(energy.item())
+            magnified = max(magnified, (raw / energy).item())
+        return normalized_product(K, found.mean(i, k), maps[0], found.mean(j, k), maps[1]), *energies, magnified * error
 
 
 class MeanNetwork:

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rainbow.precision import accumulation_device, to_double
+from rainbow.precision import ROWS_AT_ONCE, UNIT, accumulation_device, to_double
 
-ROWS_AT_ONCE = 8192  # samples summed in single precision, or more where that are few numbers
-NUMBERS_AT_ONCE = 1 << 18
-ROUNDING = 4 * torch.finfo(torch.float32).eps  # a channel that varies less, relative to its mean, is constant
+NUMBERS_AT_ONCE = 1 << 18  # samples in a piece are as many, or ROWS_AT_ONCE
+CONSTANT = 8 * UNIT  # a channel that varies less, relative to its mean, is constant
 SMALL_MATRIX = 256  # channels below which half a symmetric product saves nothing
 
 
@@ -91,7 +90,7 @@ class Samples:
 class ProductSum:
     """Σ φ_a φ_b^H over the samples of both that are added, in double precision; its real part if not `complex_values`.
 
-    In single precision it sums ROWS_AT_ONCE samples. Of symmetric products it computes half.
+    Single precision sums no more than ROWS_AT_ONCE samples. Of symmetric products half is computed.
     """
 
     def __init__(self, complex_values: bool = True, workspace: Workspace | None = None):
@@ -136,9 +135,9 @@ class ProductSum:
             self._sums[key] = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=device)
         total = self._sums[key]
         for rows, columns in blocks:
-            left, right = a[:, rows].T, b[:, columns]
-            product = self._workspace.take("product", (left.shape[0], right.shape[1]), a)
-            total[rows, columns].add_(torch.mm(left, right, out=product).to(total.device))
+            for left, right in zip(a[:, rows].split(ROWS_AT_ONCE), b[:, columns].split(ROWS_AT_ONCE)):
+                product = self._workspace.take("product", (left.shape[1], right.shape[1]), a)
+                total[rows, columns].add_(torch.mm(left.T, right, out=product).to(total.device))
 
     def total(self) -> Tensor:
         """The sum, in memory of its own. # (D_a, D_b) float64, or complex128 where samples and `complex_values` are"""
@@ -210,7 +209,7 @@ class ChannelSums:
         total, power, _ = self._parts[name]
         square_of_mean = (total / self.count).square()
         var = power / self.count - square_of_mean
-        constant = var <= ROUNDING**2 * square_of_mean
+        constant = var <= CONSTANT**2 * square_of_mean
         return self._full(name, var.masked_fill(constant, 0))
 
     def _full(self, name, values):

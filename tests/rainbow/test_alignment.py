@@ -14,6 +14,7 @@ from rainbow.alignment import align, alignment_error, transport
 from rainbow.moments import moments
 from tests.rainbow import networks
 from tests.rainbow.networks import batches, random_isometry, run
+from tests.rounding import assert_values, of_sum
 
 
 class OverNorm(nn.Module):
@@ -79,9 +80,9 @@ def test_a_rotated_copy_computes_the_same_and_aligns_without_error(name):
     make, images = CASES[name]
     network, data = make(), images()
     copied, rotations = rotated(network, data)
-    torch.testing.assert_close(run(copied, data), run(network, data), atol=1e-5, rtol=1e-4)
+    assert_values(run(copied, data), run(network, data), 128, steps=6)
     alignment = Alignment().fit(network, copied, data)
-    assert max(alignment.score(network, copied, images(seed=1))) < 1e-5
+    assert alignment.score(network, copied, images(seed=1)) == [0.0] * len(rotations)
     assert [A.is_complex() for A in alignment.matrices] == [A.is_complex() for A in rotations]
     a, b = (weight_layers(each, data)[-1] for each in (network, copied))  # whose rows were not rotated
     torch.testing.assert_close(alignment.transform(-1, a.get()), b.get().double(), atol=1e-4, rtol=1e-3)
@@ -94,7 +95,7 @@ def test_a_network_is_at_no_distance_from_itself(name):
     make, images = CASES[name]
     network, data = make(), images()
     alignment = Alignment().fit(network, network, data)
-    assert max(alignment.score(network, network, data)) < 1e-6
+    assert set(alignment.score(network, network, data)) == {0.0}
     for A in alignment.matrices:
         assert torch.equal(A, torch.eye(len(A), dtype=torch.float64))
 
@@ -145,7 +146,7 @@ def test_a_narrow_part_of_a_network_aligns_with_it():
     part[1].weight.data[5:] = 0
     part[3].weight.data[:, 5:] = 0
     errors = Alignment().fit(part, network, data).score(part, network, data)
-    assert errors[0] < 1e-6 < errors[1] < 1
+    assert 0.0 == errors[0] < 0.01 < errors[1] < 1
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -158,7 +159,7 @@ def test_the_error_on_test_data_is_what_its_formula_says(standardize):
         phis.append((phi - of_train.mean(0)) / of_train.std(0, correction=0) if standardize else phi)
     ab = (phis[0] @ alignment.matrices[2] * phis[1]).sum(1).mean()
     expected = 2 * (1 - ab / (phis[0].square().sum(1).mean() * phis[1].square().sum(1).mean()).sqrt())
-    assert alignment.score(a, b, test)[2] == pytest.approx(expected.item(), abs=1e-6)
+    assert alignment.score(a, b, test)[2] == pytest.approx(expected.item(), abs=4 * of_sum(256))
     assert alignment.score(a, b, test)[2] >= alignment.score(a, b, train)[2]
 
 
@@ -180,7 +181,7 @@ def test_transport_acts_on_the_channels_of_kernels():
 def test_rotated_copies_have_a_mean_that_leaves_nothing_unexplained():
     network, data = mlp(), flat()
     mean = MeanNetwork.fit([network] + [rotated(network, data)[0] for _ in range(2)], data)
-    assert max(max(line) for line in mean.unexplained) < 1e-5
+    assert max(max(line) for line in mean.unexplained) < 4 * of_sum(256)
     first, *others = mean.aligned_weights(2)
     for other in others:
         torch.testing.assert_close(first, other, atol=1e-4, rtol=1e-3)
@@ -191,7 +192,7 @@ def test_each_iteration_explains_more(name):
     make, images = CASES[name]
     mean = MeanNetwork.fit([make(seed) for seed in range(4)], images(), num_iters=4)
     for layer in zip(*mean.unexplained):
-        assert all(after <= before + 1e-6 for before, after in zip(layer, layer[1:]))
+        assert all(after <= before + 4 * of_sum(4096) for before, after in zip(layer, layer[1:]))
     assert mean.unexplained[0][1] > mean.unexplained[-1][1]
 
 
@@ -213,7 +214,7 @@ def test_mean_activations_are_those_of_their_definition():
     mean = MeanNetwork.fit(nets, data)
     phis = [run(network[:3], data) for network in nets]
     expected = sum(phi.double() @ alignments[1] for phi, alignments in zip(phis, mean.alignments)) / 3
-    torch.testing.assert_close(mean.average(1, phis).double(), expected, atol=1e-6, rtol=1e-5)
+    assert_values(mean.average(1, phis).double(), expected, 12, steps=3)
 
 
 # ---- bad input

@@ -9,6 +9,7 @@ from rainbow import RainbowError, weight_layers
 from rainbow.moments import moments
 from rainbow.samples import ChannelSums, ProductSum, Samples
 from tests.rainbow.networks import batches, cnn, double, run, scatnet, skip
+from tests.rounding import assert_products, assert_values, of_sum
 
 
 def complex_net(seed=0):
@@ -45,14 +46,16 @@ def test_one_streamed_pass_equals_all_in_memory(make, patches, monkeypatch):
     found = moments(networks, None, data, cross=[(0, 1)], patches=patches)
     phis = [in_memory(network, data, patches) for network in networks]
     for k, (a, b) in enumerate(zip(*phis)):
-        close = {"atol": 2e-6 * a.abs().max().item() ** 2, "rtol": 1e-5}
-        torch.testing.assert_close(found.auto(0, k), a.T @ a.conj() / len(a), **close)
-        torch.testing.assert_close(found.cross(0, 1, k), a.T @ b.conj() / len(a), **close)
-        torch.testing.assert_close(found.cross(1, 0, k), b.T @ a.conj() / len(a), **close)
-        torch.testing.assert_close(found.mean(1, k), b.mean(0), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(found.var(1, k), (b - b.mean(0)).abs().square().mean(0), atol=1e-6, rtol=1e-5)
-        assert found.count(0, k) == len(a)
-        assert found.energy(0, k) == pytest.approx(a.abs().square().sum(1).mean().item(), rel=1e-5)
+        count, energies = len(a), b.abs().square().mean(0)
+        assert_products(count * found.auto(0, k), a, steps=4)
+        assert_products(count * found.cross(0, 1, k), a, b, steps=4)
+        assert_products(count * found.cross(1, 0, k), b, a, steps=4)
+        assert ((found.mean(1, k) - b.mean(0)).abs() <= 4 * of_sum(count) * energies.sqrt()).all()
+        assert ((found.var(1, k) - b.var(0, correction=0)).abs() <= 4 * of_sum(count) * energies).all()
+        assert (found.count(0, k), found.energy(1, k)) == (
+            count,
+            pytest.approx(energies.sum().item(), rel=4 * of_sum(count)),
+        )
 
 
 def test_many_networks_are_paired_with_one():
@@ -73,7 +76,8 @@ def test_a_convolutions_patches_give_the_energy_of_its_output():
         samples = output.flatten(2).mT if output.ndim == 4 else output
         expected = (samples - layer.module.bias.detach().double()).flatten(0, -2).square().mean(0)
         weights = layer.get().double()
-        torch.testing.assert_close(((weights @ found) * weights).sum(1), expected, rtol=1e-4, atol=1e-7)
+        rtol = 8 * of_sum(len(samples.flatten(0, -2)))
+        torch.testing.assert_close(((weights @ found) * weights).sum(1), expected, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +100,8 @@ def test_patches_are_what_a_convolution_multiplies(options):
 def test_batches_of_any_sizes_give_the_same():
     network, images = cnn(), torch.cat([images for images, _ in batches()])
     one_by_one, together = (moments([network], ["0", "3"], images.split(size)) for size in (1, 128))
-    torch.testing.assert_close(together.auto(0, "3"), one_by_one.auto(0, "3"), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(together.var(0, "3"), one_by_one.var(0, "3"), rtol=1e-5, atol=1e-7)
+    assert_values(together.auto(0, "3"), one_by_one.auto(0, "3"), 8192)
+    assert_values(together.var(0, "3"), one_by_one.var(0, "3"), 8192)
 
 
 def test_a_network_runs_no_further_than_asked_and_stays_as_it_was():
@@ -118,7 +122,7 @@ def test_half_a_symmetric_product_is_the_whole():
     for part in x.split(20):
         total.add(Samples.of(part))
     for _ in range(2):
-        torch.testing.assert_close(total.total(), (x.T @ x).double(), rtol=1e-4, atol=1e-4)
+        assert_products(total.total(), x)
 
 
 @pytest.mark.parametrize("first, second", [("r", "r"), ("r", "c"), ("c", "r"), ("c", "c")])
@@ -128,20 +132,20 @@ def test_complex_products_come_from_real_ones(first, second):
         both, real = ProductSum(), ProductSum(complex_values=False)
         for total in (both, real):
             total.add(Samples.of(a), *([Samples.of(b)] * of_two))
-        expected = a.T.to(torch.complex128) @ (b if of_two else a).to(torch.complex128).conj()
-        torch.testing.assert_close(both.total().to(torch.complex128), expected, atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(real.total(), expected.real, atol=1e-4, rtol=1e-5)
+            assert_products(total.total(), a, b if of_two else a)
+        assert both.total().is_complex() == ("c" in (first, second if of_two else first))
+        assert not real.total().is_complex()
 
 
 def test_products_of_more_samples_than_are_summed_at_once():
-    """In pieces that hold more samples the fewer the channels, alike in both factors."""
+    """They err no more than those that are, however few the channels."""
     a, b, product = torch.randn(100_000, 2), torch.randn(100_000, 5), ProductSum()
     product.add(Samples.of(a), Samples.of(b))
-    torch.testing.assert_close(product.total(), a.double().T @ b.double(), rtol=1e-4, atol=1e-2)
+    assert_products(product.total(), a, b)
     symmetric, sums = ProductSum(), ChannelSums()
     sums.add(Samples.of(a), symmetric.add(Samples.of(a)))
-    torch.testing.assert_close(symmetric.total(), a.double().T @ a.double(), rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(sums.var, a.double().var(0, correction=0), rtol=1e-5, atol=0)
+    assert_products(symmetric.total(), a)
+    torch.testing.assert_close(sums.var, a.double().var(0, correction=0), rtol=of_sum(100_000), atol=0)
 
 
 @pytest.mark.parametrize("make", [scatnet, lambda: skip("Fw rho Pc N")])
@@ -157,9 +161,12 @@ def test_a_blocks_columns_are_its_features(make):
     for k, samples in enumerate((features, samples_of_columns(block, columns))):
         products[k].add(features, samples)
         sums[k].add(samples)
-    torch.testing.assert_close(products[0].total(), products[1].total(), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(sums[0].mean, sums[1].mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sums[0].var, sums[1].var, rtol=1e-4, atol=1e-5)
+    for expected, found in (
+        [each.total() for each in products],
+        [each.mean for each in sums],
+        [each.var for each in sums],
+    ):
+        assert_values(found, expected, 512, steps=4)
 
 
 def test_sums_keep_the_digits_that_single_precision_loses():
@@ -182,7 +189,7 @@ def test_a_constant_channel_has_no_variance_and_a_nearly_constant_one_has_its_ow
         nearly.add(Samples.of(rows + values * part))
     assert (sums.var == 0).all()
     expected = (values + values * noise).double().var(0, correction=0)
-    torch.testing.assert_close(nearly.var, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(nearly.var, expected, rtol=of_sum(3001), atol=0)
 
 
 # ---- bad input

@@ -11,6 +11,7 @@ from rainbow.layers import ConvLayer, LinearLayer
 from rainbow.network import analyse
 from rainbow.program import INPUT
 from tests.rainbow.networks import batches, cnn, double, mlp, run, scatnet, skip
+from tests.rounding import assert_values
 
 # ---- layers
 
@@ -65,7 +66,7 @@ def test_rotating_an_input_is_rotating_weights():
             expected = layer.module(layer.rotate(x, rotation))
             kernels = layer.get().unflatten(1, (layer.channels, -1))
             layer.set(torch.einsum("nck,dc->ndk", kernels, rotation).flatten(1))
-            torch.testing.assert_close(layer.module(x), expected, atol=1e-5, rtol=1e-5)
+            assert_values(layer.module(x), expected, layer.dimension, steps=2)
 
 
 def test_what_is_skipped_and_why():
