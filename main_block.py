@@ -59,10 +59,8 @@ def evaluate(network, datasets, args, world):
     load_weights(network, checkpoint["state_dict"], source)
     score = Training(network, datasets, args, world, RunLog(silent=True)).validate()
     if world.is_main:
-        print(
-            f"{source}, after epoch {checkpoint.get('epoch')}: loss {score.loss:.4f}, top-1 {score.acc1:.2f} %, "
-            f"top-5 {score.acc5:.2f} % of {score.images} images"
-        )
+        accuracies = f"top-1 {score.acc1:.2f} %, top-5 {score.acc5:.2f} % of {score.images} images"
+        print(f"{source}, after epoch {checkpoint.get('epoch')}: loss {score.loss:.4f}, {accuracies}")
     return 0
 
 
@@ -116,10 +114,8 @@ def starting_point(network, args, folder):
     checkpoint = load(source)
     load_weights(network, checkpoint["state_dict"], source)
     if not args.restart and int(checkpoint.get("epoch", 0)) >= args.epochs:
-        raise UserError(
-            f"{source} is after epoch {checkpoint['epoch']}: nothing is left of --epochs {args.epochs} "
-            "(--restart takes only the weights)"
-        )
+        left = f"nothing is left of --epochs {args.epochs} (--restart takes only the weights)"
+        raise UserError(f"{source} is after epoch {checkpoint['epoch']}: {left}")
     return checkpoint
 
 
@@ -147,16 +143,13 @@ def introduce(training, resumed):
     total, learned = count_parameters(training.network)
     precision = ["bfloat16 (autocast)" if args.amp else "float32"] + ["TF32"] * args.tf32 + ["compiled"] * args.compile
     say(f"{training.log.where()}: {options.arch_name(args)}, {total:,} parameters, {learned:,} of them learned")
-    say(
-        f"{datasets.name}: {len(datasets.train)} images for training, {len(datasets.val)} for validation, "
-        f"{datasets.num_classes} classes, {state.steps} steps of {args.batch_size} images an epoch"
-    )
+    images = f"{len(datasets.train)} images for training, {len(datasets.val)} for validation"
+    steps = f"{state.steps} steps of {args.batch_size} images an epoch"
+    say(f"{datasets.name}: {images}, {datasets.num_classes} classes, {steps}")
     say(f"on {describe_device(world.device)}, {', '.join(precision)}, torch {torch.__version__}")
     if world.size > 1:
-        say(
-            f"{world.size} processes share each batch of {args.batch_size} images; the learning rate stays "
-            f"{args.lr:g}, it is not scaled with the number of processes"
-        )
+        rate = f"the learning rate stays {args.lr:g}, it is not scaled with the number of processes"
+        say(f"{world.size} processes share each batch of {args.batch_size} images; {rate}")
     if state.left_out:
         say(f"{state.left_out} images of each epoch are left out: they are fewer than the processes")
     if resumed:

@@ -43,27 +43,24 @@ def main(argv=None):
     args = options.parse_sampling(argv)
     device = pick_device(args.device)
     set_precision(device)
-    source, folder = find_experiment(args), RunFolder(args.checkpoints, args.dir)
-    trained = load_network(source, args.epoch, device)
-    datasets = load_data(args, trained, source)
-    network_args = resized_args(trained, args.num_atoms)
-    sampler = prepare(args, trained.network, datasets, device)
-    check_accuracy(args, source, sampler)
+    experiment, folder = find_experiment(args), RunFolder(args.checkpoints, args.dir)
+    trained = load_network(experiment, args.epoch, device)
+    checkpoint = partial(checkpoint_of, args=resized_args(trained, args.num_atoms), data=trained, epoch=0)
+    sampler = prepare(args, trained.network, load_data(args, trained, experiment), device)
+    check_accuracy(args, experiment, sampler)
+    about = {"source": digest([sampler.trained]), "widths": sampler.widths}
     with hold(folder):
-        source = digest([sampler.trained])
-        rows = known_rows(folder, args, source)
+        rows = known_rows(folder, args, about["source"])
         log = RunLog(folder)
         with failures_noted(log):
-            described = partial(
-                describe, folder, argv, vars(args), sampler.trained, source=source, widths=sampler.widths
-            )
             if rows is None:
                 start_over(folder, log, args)
-                described()
-            checkpoint = partial(checkpoint_of, args=network_args, data=trained, epoch=0)
-            say_what(folder, log, args, sampler, device)
+                describe(folder, argv, vars(args), sampler.trained, **about)
+            widths = " ".join(map(str, sampler.widths))
+            log.say(f"{folder.path}: rainbow networks of {args.experiment}, {args.method}, widths {widths}")
+            log.say(f"on {describe_device(device)}")
             rows = sample_all(folder, log, args, sampler, rows or [], checkpoint)
-            described()
+            describe(folder, argv, vars(args), sampler.trained, **about)
             log.status("finished", args.num_repeats, args.num_repeats, *summary(rows))
             log.say(f"{len(final_accuracies(rows))} samples: top-1 {summary(rows)[0]:.2f} % on average")
     return 0
@@ -75,8 +72,7 @@ def find_experiment(args):
     if not (source.path / "args.json").is_file():
         root = RunFolder(args.checkpoints, "x").path.parent
         names = sorted(path.parent.relative_to(root).as_posix() for path in root.glob("**/args.json"))
-        hint = did_you_mean(args.experiment, names)
-        raise UserError(f"--experiment {args.experiment}: no such run in {root}{hint}")
+        raise UserError(f"--experiment {args.experiment}: no such run in {root}{did_you_mean(args.experiment, names)}")
     status = source.status()
     if args.epoch is None and status.get("state") != "finished":
         kept = ", ".join(map(str, source.epochs())) or "none"
@@ -101,31 +97,22 @@ def load_data(args, trained, source):
 
 def prepare(args, network, datasets, device):
     """The sampler of the trained network over its data."""
-    train, test = (
-        images.loader(args.batch_size, workers=args.workers, device=device) for images in (datasets.train, datasets.val)
-    )
+    sets = (datasets.train, datasets.val)
+    train, test = (images.loader(args.batch_size, workers=args.workers, device=device) for images in sets)
 
     def progress(batches, text):
         return tqdm(batches, desc=text, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
-    return RainbowSampler(
-        MeanNetwork.fit([network], train),
-        train,
-        test=test,
-        method=args.method,
-        widths=args.num_atoms,
-        align_on_test=args.align_test,
-        progress=progress,
-    )
+    chosen = {"method": args.method, "widths": args.num_atoms, "align_on_test": args.align_test}
+    return RainbowSampler(MeanNetwork.fit([network], train), train, test=test, progress=progress, **chosen)
 
 
 def check_accuracy(args, source, sampler):
     """Raises UserError if the trained network is far from the accuracy of its own last validation."""
     known, found = source.status().get("acc1"), sampler.trained_accuracy.acc1
     if args.epoch is None and known is not None and abs(known - found) > TOLERANCE:
-        raise UserError(
-            f"{source.path}: accuracy differs from training time ({known:.2f} %, now {found:.2f} %): different data?"
-        )
+        accuracies = f"{known:.2f} %, now {found:.2f} %"
+        raise UserError(f"{source.path}: accuracy differs from training time ({accuracies}): different data?")
 
 
 def resized_args(trained, widths):
@@ -204,13 +191,6 @@ def sample_all(folder, log, args, sampler, rows, checkpoint):
 def sample_seed(seed, repeat):
     """The seed of one of the samples."""
     return int(np.random.SeedSequence((seed, repeat)).generate_state(1)[0])
-
-
-def say_what(folder, log, args, sampler, device):
-    """Says what is sampled, and on what."""
-    widths = " ".join(map(str, sampler.widths))
-    networks = f"rainbow networks of {args.experiment}, {args.method}, widths {widths}"
-    log.say(f"{folder.path}: {networks}, on {describe_device(device)}")
 
 
 def tell(log, sampler, repeat, accuracy):

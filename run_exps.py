@@ -16,6 +16,7 @@ from pathlib import Path
 
 from utils.errors import UserError, did_you_mean, run_main
 from utils.experiments import cluster, processes, registry, runner, status
+from utils.runs import options
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -95,9 +96,8 @@ def all_experiments(args):
         raise UserError(f"--epochs {args.epochs}: should be a whole number")
     if overrides:
         listed = [registry.trial(experiment, overrides) for experiment in listed]
-    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
-    if task.isdigit():
-        listed = [registry.with_init(experiment, int(task)) for experiment in listed]
+    if (task := options.array_task()) is not None:
+        listed = [registry.with_init(experiment, task) for experiment in listed]
     return listed
 
 

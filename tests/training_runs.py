@@ -31,20 +31,11 @@ def train(network, name, *more):
     return load(f"checkpoints/{name}/last.pt")
 
 
-def without_times(value):
-    if isinstance(value, dict):
-        return {key: without_times(v) for key, v in value.items() if key not in ("images_per_second", "args")}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
-def same(a, b):
+def is_same(a, b):
     """Whether two checkpoints are the same, bit for bit, but for times and names."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        keys = a.keys() - {"images_per_second", "args"}
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in keys)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(is_same, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def is_same(a, b):
-    return same(without_times(a), without_times(b))

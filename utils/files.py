@@ -1,5 +1,7 @@
 """Small files: written beside their place and renamed into it, read without surprises."""
 
+import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -25,6 +27,15 @@ def atomic_write(path, write, previous=None):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise WriteError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def write_csv(path, columns, rows):
+    """Writes dicts with the keys `columns`, in this order, as CSV with a header, atomically. Raises WriteError."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def write_json(path, value):

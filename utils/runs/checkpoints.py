@@ -30,8 +30,9 @@ def load(path):
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        _verify_checksums(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            _verify_checksums(file)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused: not only tensors and plain values") from error
     except Exception as error:  # whatever a damaged file makes its readers raise
@@ -42,14 +43,14 @@ def load(path):
     return checkpoint
 
 
-def _verify_checksums(path):
+def _verify_checksums(file):
     """torch's files are zip archives with a CRC-32 for each part, which torch itself does not verify."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"wrong checksum of its part {damaged}")
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of its part {damaged}")
+    file.seek(0)
 
 
 def is_saved_epoch(epoch):

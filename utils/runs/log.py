@@ -1,8 +1,6 @@
 """Progress of a run: lines, a progress bar on a terminal, metrics.csv, status.json, TensorBoard."""
 
 import contextlib
-import csv
-import io
 import os
 import socket
 import sys
@@ -11,7 +9,7 @@ import time
 from tqdm import tqdm
 
 from utils.errors import UserError, WriteError
-from utils.files import atomic_write, write_json
+from utils.files import write_csv, write_json
 
 COLUMNS = "epoch train_loss train_acc1 train_acc5 val_loss val_acc1 val_acc5 lr images_per_second".split()
 
@@ -56,11 +54,8 @@ class RunLog:
         """Writes metrics.csv from dicts with COLUMNS as keys, and the last one's curves."""
         if self.folder is None:
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: "" if row[key] is None else f"{row[key]:.7g}" for key in COLUMNS} for row in rows)
-        atomic_write(self.folder.path / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+        shown = ({key: "" if row[key] is None else f"{row[key]:.7g}" for key in COLUMNS} for row in rows)
+        write_csv(self.folder.path / "metrics.csv", COLUMNS, shown)
         if self.curves is not None:
             for key in COLUMNS[1:]:
                 if rows[-1][key] is not None:

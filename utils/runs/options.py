@@ -169,13 +169,13 @@ def parse(argv=None, environ=os.environ):
     given = TRAINING.given(argv)
     _refuse_foreign(given)
     given.setdefault("dataset", "imagenet" if "data" in given else None)
-    suffix = array_suffix(environ)
-    given["seed"] = given.get("seed", 0) + int(suffix.removeprefix("-init") or 0)
+    given["seed"] = given.get("seed", 0) + (array_task(environ) or 0)
     if "dir" in given:
-        given["dir"] += suffix
+        given["dir"] += _array_suffix(environ)
     args = TRAINING.resolve(given)
-    for check in (_check_data, _check_blocks, _check_start):
-        check(args)
+    _check(args)
+    if not is_standard(args):
+        _check_sizes(args)
     return args
 
 
@@ -186,27 +186,31 @@ def parse_sampling(argv=None):
 
 
 def changes(script, stored, argv):
-    """What a command line (`script` and the words `argv`) would do differently from a run with the arguments `stored`.
+    """{field: (before, after)} of what defines a run and differs between its `stored` arguments and a command line.
 
-    `stored` is the dict "args" of the run's args.json. Returns {field: (before, after)}, empty if the command resumes
-    the run; how far it goes (`CommandLine.length`) makes no difference. Raises UserError if `stored` is of another
-    script.
+    Empty if the command (`script` and the words `argv`) resumes the run; how far it goes (`CommandLine.length`) does
+    not matter. stored: "args" of its args.json. Raises UserError if they are of another script.
     """
     command = {"main_block.py": TRAINING, "resample.py": SAMPLING}[script]
     now = parse(argv, {}) if command is TRAINING else parse_sampling(argv)
     return command.changes(command.restore(stored, "args.json"), now)
 
 
-def array_suffix(environ):
-    """What the names of runs end in within a SLURM array: -initN for task N; "" outside of one."""
+def array_task(environ=os.environ):
+    """The number of this task in a SLURM array, None outside of one."""
     task = environ.get("SLURM_ARRAY_TASK_ID", "")
-    return f"-init{task}" if task.isdigit() else ""
+    return int(task) if task.isdigit() else None
+
+
+def _array_suffix(environ):
+    task = array_task(environ)
+    return "" if task is None else f"-init{task}"
 
 
 def made_up_name(args, environ=os.environ):
     """A unique name for a run that was given none: data, network and time."""
     arch = re.sub(r"\W+", "-", arch_name(args))
-    return f"{args.dataset}-{arch}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}{array_suffix(environ)}"
+    return f"{args.dataset}-{arch}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}{_array_suffix(environ)}"
 
 
 def is_standard(args):
@@ -255,21 +259,26 @@ def _refuse_foreign(given):
             raise UserError(f"{option.flag} does not apply to {network}")
 
 
-def _check_data(args):
-    if args.dataset is None:
-        raise UserError("no data set: --digits needs nothing, --cifar10 downloads it, --data DIR is ImageNet")
-    if args.dataset in IN_FOLDERS and args.data is None:
-        raise UserError(f"--dataset {args.dataset} needs its folder, --data DIR")
-    if args.dataset not in IN_FOLDERS and args.data is not None:
-        raise UserError(f"--data is ImageNet's folder; that of {args.dataset} is --data-dir")
+def _check(args):
+    """Options agree with one another."""
+    in_folder, has_data, one_block = args.dataset in IN_FOLDERS, args.data is not None, args.n_blocks == 1
+    bounds = [bound for bound in args.P_eigenvectors_start + args.P_eigenvectors_end if bound is not None]
+    for is_wrong, message in (
+        (args.dataset is None, "no data set: --digits needs nothing, --cifar10 downloads it, --data DIR is ImageNet"),
+        (in_folder and not has_data, f"--dataset {args.dataset} needs its folder, --data DIR"),
+        (has_data and not in_folder, f"--data is ImageNet's folder; that of {args.dataset} is --data-dir"),
+        (args.restart and not args.resume, "--restart takes the weights of --resume FILE, which is missing"),
+        (args.evaluate and not (args.resume or args.dir), "--evaluate needs --resume FILE, or a run, --dir NAME"),
+        (args.pars_reg and args.quadrature_reg, "--pars-reg is not allowed with --quadrature-reg"),
+        (one_block and args.first_arch and args.last_arch, "--first-arch and --last-arch both replace the only block"),
+        (bounds and not any(args.P_eigenvectors), "--P-eigenvectors-start and -end need --P-eigenvectors"),
+    ):
+        if is_wrong:
+            raise UserError(message)
 
 
-def _check_blocks(args):
-    """Every projection has its size and every size its projection, and options agree."""
-    if is_standard(args):
-        return
-    if args.n_blocks == 1 and args.first_arch and args.last_arch:
-        raise UserError("--first-arch and --last-arch both replace the only block: give more blocks (--n-blocks)")
+def _check_sizes(args):
+    """Every projection has its size, and every size its projection."""
     sides = (args.phi_arch, args.psi_arch, args.linear_arch, args.non_linear_arch, args.left_arch, args.right_arch)
     used = {name for arch in (*block_archs(args), *sides) for name in arch}
     for name in names.PROJECTIONS:
@@ -279,15 +288,3 @@ def _check_blocks(args):
             raise UserError(f"the module {name} needs its number of channels, {option.flag}")
         if given and name not in used:
             raise UserError(f"{option.flag} is the size of the module {name}, which is not in --arch")
-    bounds = args.P_eigenvectors_start + args.P_eigenvectors_end
-    if any(bound is not None for bound in bounds) and not any(args.P_eigenvectors):
-        raise UserError("--P-eigenvectors-start and -end choose among --P-eigenvectors, which is missing")
-    if args.pars_reg and args.quadrature_reg:
-        raise UserError("--pars-reg is not allowed with --quadrature-reg")
-
-
-def _check_start(args):
-    if args.restart and not args.resume:
-        raise UserError("--restart takes the weights of --resume FILE, which is missing")
-    if args.evaluate and not (args.resume or args.dir):
-        raise UserError("--evaluate needs a checkpoint, --resume FILE, or a run, --dir NAME")

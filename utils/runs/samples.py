@@ -1,10 +1,9 @@
 """accuracies.csv, which `resample.py` leaves in a folder: test accuracy of every sample after each of its layers."""
 
 import csv
-import io
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import write_csv
 
 NAME = "accuracies.csv"
 COLUMNS = ("repeat", "layer", "acc1", "acc5")  # sample, number of layers sampled, top-1 and top-5 in percent
@@ -16,12 +15,8 @@ def row_of(repeat, accuracy):
 
 
 def write_rows(folder, rows):
-    """Write the rows, the whole file or nothing. Raises WriteError."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(folder / NAME, lambda file: file.write(text.getvalue().encode()))
+    """Writes the rows, the whole file or nothing. Raises WriteError."""
+    write_csv(folder / NAME, COLUMNS, rows)
 
 
 def read_rows(folder):
@@ -34,9 +29,8 @@ def read_rows(folder):
     except FileNotFoundError:
         return []
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: not accuracies written by resample.py ({error}); sample again with --overwrite"
-        ) from error
+        hint = "sample again with --overwrite"
+        raise UserError(f"{path}: not accuracies written by resample.py ({error}); {hint}") from error
     return rows
 
 

@@ -44,10 +44,8 @@ def failures_noted(log):
 def refuse_changes(folder, what, command_line, before, after):
     """Raises UserError if the folder holds something (`what`) that other arguments define."""
     for field, (old, new) in command_line.changes(before, after).items():
-        raise UserError(
-            f"{folder.path} holds {what} with {field} = {old!r}, now {new!r}: "
-            "use --overwrite to start over or a different --dir to keep both"
-        )
+        remedy = "use --overwrite to start over or a different --dir to keep both"
+        raise UserError(f"{folder.path} holds {what} with {field} = {old!r}, now {new!r}: {remedy}")
 
 
 def count_parameters(network):

@@ -1,5 +1,6 @@
 """The command line: every command of the authors parses and builds, and every mistake is one clear line."""
 
+import itertools
 import json
 import shlex
 from dataclasses import replace
@@ -56,6 +57,15 @@ def test_lists_are_given_in_full_or_once():
     assert args.remove_L == [False, False] and args.arch == ["Fw", "Std", "Pr", "N"]
     early = parse("--digits -a 'Fw Std Pr' --psi-arch mod --Pr-size 4 --n-blocks 3 --freeze-P 1 1")
     assert early.freeze_P == [True, True, False]
+
+
+def test_the_readme_lists_all_options_by_group():
+    readme = (ROOT / "README.md").read_text()
+    for group, members in itertools.groupby(options.TRAINING.options, key=lambda option: option.group):
+        flags = [
+            flag for each in members for flag in (each.flags.split()[0], *(f"--{name}" for name in each.shortcuts))
+        ]
+        assert f"| {group.title} | {', '.join(f'`{flag}`' for flag in flags)} |" in readme
 
 
 NETWORK_OPTIONS = [option for option in options.TRAINING.options if option.group.network and option.field != "n_blocks"]
@@ -133,7 +143,7 @@ def test_arguments_stored_by_an_older_version_are_completed():
         ("--cifar10", "not allowed with"),
         ("--data somewhere", "--data is ImageNet's folder"),
         ("--restart", "--resume FILE"),
-        ("--P-eigenvectors-end 3", "--P-eigenvectors, which is missing"),
+        ("--P-eigenvectors-end 3", "need --P-eigenvectors"),
         ("--data-subset 3", "START:STOP"),
         ("--scattering-wph 2", "0 or 1"),
         ("--pars-reg --quadrature-reg", "not allowed with"),

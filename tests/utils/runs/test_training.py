@@ -85,21 +85,16 @@ def test_a_run_continued_after_any_epoch_ends_in_the_same_bits(network):
         assert is_same(load(f"checkpoints/{name}/{file}"), load(f"checkpoints/whole/{file}"))
 
 
-def test_a_kill_between_two_files_of_an_epoch_changes_nothing(at_call):
-    whole = train("norm", "whole")
-    at_call(3, "save_last", lambda *_: sys.exit(), RunFolder)
-    with pytest.raises(SystemExit):
-        train("norm", "killed")
-    assert is_same(train("norm", "killed"), whole)
+ENDS = [(1, "validate", Training), (3, "validate", Training), (3, "save_last", RunFolder)]
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_a_run_stopped_while_it_validates_resumes_exactly(at_call, number):
+@pytest.mark.parametrize("number, method, owner", ENDS)
+def test_a_run_ended_as_it_validates_or_between_two_files_resumes_exactly(at_call, number, method, owner):
     whole = train("norm", "whole")
-    at_call(number, "validate", terminate)
-    with pytest.raises(StoppedError):
-        train("norm", "stopped")
-    assert is_same(train("norm", "stopped"), whole)
+    at_call(number, method, terminate if owner is Training else lambda *_: sys.exit(), owner)
+    with pytest.raises((StoppedError, SystemExit)):
+        train("norm", "ended")
+    assert is_same(train("norm", "ended"), whole)
 
 
 def test_a_run_started_by_the_first_version_resumes():
@@ -248,7 +243,7 @@ def test_bfloat16_learns_and_keeps_weights_and_statistics_in_float32(network):
     assert all(value.dtype == torch.float32 for key, value in last["state_dict"].items() if "num_batches" not in key)
 
 
-def test_images_and_weights_of_standard_networks_are_channels_last():
+def test_weights_of_standard_networks_are_channels_last():
     args = options.parse(command("vgg", "run"), {})
     network = main_block.build(args, Trained(None, args, Signal(1, 32, 32), 10), World(torch.device("cpu")))
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1]
@@ -262,14 +257,9 @@ def test_a_compiled_network_trains_the_same_weights_under_the_same_names(monkeyp
     assert is_same(train("norm", "run", "--epochs", "1", "--compile"), plain) and len(compiled) == 2
 
 
-def test_tf32_is_set_as_asked():
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        for flags, precision in ((["--tf32"], "high"), ([], "highest")):
-            args = options.parse(command("norm", "run", *flags), {})
-            session.set_precision(torch.device("cuda"), args.tf32)
-            assert torch.get_float32_matmul_precision() == precision
-            assert torch.backends.cudnn.allow_tf32 == args.tf32
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+@pytest.mark.parametrize("tf32, precision", [(True, "high"), (False, "highest")])
+def test_tf32_is_set_as_asked(monkeypatch, tf32, precision):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", (asked := []).append)
+    session.set_precision(torch.device("cuda"), tf32)
+    assert asked == [precision] and torch.backends.cudnn.allow_tf32 == tf32
