@@ -6,7 +6,6 @@ python run_exps.py --figure 3 --status         what is done, running, failed or 
 python run_exps.py --submit slurm --gpus 1     submit them to a cluster
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -17,13 +16,14 @@ from pathlib import Path
 from utils.errors import UserError, did_you_mean, run_main
 from utils.experiments import cluster, processes, registry, runner, status
 from utils.runs import options
+from utils.runs.command import Parser
 
 FOLDER = Path(__file__).resolve().parent
 
 
 def parser():
     """The command line."""
-    parser = argparse.ArgumentParser(description="Every experiment of the paper: list, print, run, follow, submit.")
+    parser = Parser(description="Every experiment of the paper: list, print, run, follow, submit.")
     which = parser.add_argument_group("which (all conditions must hold; what the chosen ones need is run too)")
     which.add_argument("--scale", default="paper", help="paper (default), or laptop: all of it, small, for two cores")
     which.add_argument("--only", nargs="+", metavar="GROUP", help="experiments of these groups")
