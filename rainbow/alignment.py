@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,12 +119,12 @@ class Alignment:
         self.names = found.names[i]
         layers = range(len(self.names))
         self._statistics = [[(found.mean(n, k), found.var(n, k)) for n in (i, j)] for k in layers]
-        self.matrices = []
-        for k in layers:
-            if not self.standardize or is_same_input(found, i, j, k):
-                self.matrices.append(align_networks(found, i, j, k))
-            else:
-                self.matrices.append(align(self._products(found, i, j, k)[0], found.complex_weights[k]))
+        self.matrices = [
+            align(self._products(found, i, j, k)[0], found.complex_weights[k])
+            if self.standardize and not is_same_input(found, i, j, k)
+            else align_networks(found, i, j, k)
+            for k in layers
+        ]
         return self
 
     def transform(self, layer: int | str, weights: Tensor) -> Tensor:
@@ -160,25 +161,24 @@ class Alignment:
         return normalized_product(K, found.mean(i, k), maps[0], found.mean(j, k), maps[1]), *energies, magnified * error
 
 
+@dataclass(eq=False)
 class MeanNetwork:
     """The average of n networks, each aligned to it layer by layer (generalised Procrustes); one network is its own.
 
-    analysed, networks: the networks, with and without what is known of them; layers[i][k]: their `Layer`s;
-    alignments[i][k]: (D_i, D), from network i into the common space, that of the first network; unexplained[t][k]: the
-    share of the networks' variance at layer k that the target of iteration t (the first network, then the average
-    before) leaves, Σ_i E‖φ_i A_i - target‖² / Σ_i E‖φ_i‖².
+    analysed: the networks; layers[i][k]: their `Layer`s; alignments[i][k]: (D_i, D), from network i into the common
+    space, that of the first network; unexplained[t][k]: the share of the networks' variance at layer k that the target
+    of iteration t (the first network, then the average before) leaves, Σ_i E‖φ_i A_i - target‖² / Σ_i E‖φ_i‖².
     """
 
-    def __init__(
-        self,
-        analysed: Sequence[Network],
-        layers: Sequence[Sequence[Layer]],
-        alignments: Sequence[Sequence[Tensor]],
-        unexplained: Sequence[Sequence[float]],
-    ):
-        self.analysed, self.networks = list(analysed), [network.module for network in analysed]
-        self.layers, self.alignments = [list(each) for each in layers], [list(each) for each in alignments]
-        self.unexplained = [list(line) for line in unexplained]
+    analysed: list[Network]
+    layers: list[list[Layer]]
+    alignments: list[list[Tensor]]
+    unexplained: list[list[float]]
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks themselves."""
+        return [network.module for network in self.analysed]
 
     @classmethod
     def fit(
@@ -206,8 +206,7 @@ class MeanNetwork:
         energies = [[first.energy(i, k) for k in places] for i in range(len(analysed))]
         alignments = [identity] + [[align_networks(first, i, 0, k) for k in places] for i in others]
         inner = [energies[0]] + [[_inner(alignments[i][k], first.cross(i, 0, k)) for k in places] for i in others]
-        result = cls(analysed, chosen, alignments, [])
-        result._note(energies, [energies[0]] * len(analysed), inner)
+        result = cls(analysed, chosen, alignments, [_unexplained(energies, energies[0], inner)])
         fixed = [all(is_same_input(first, i, 0, k) for i in others) for k in places]
         for _ in range(num_iters):
             result._iterate(loader, device, fixed, energies)
@@ -222,30 +221,25 @@ class MeanNetwork:
         """(1/n) Σ_i φ_i Ā_i of samples (m, D_i) of every network at a layer. # (m, D)"""
         if len(samples) == 1:
             return samples[0]
-        rotated = [
-            phi @ alignments[layer].conj().to(device=phi.device, dtype=phi.dtype)
-            for phi, alignments in zip(samples, self.alignments)
-        ]
-        return torch.stack(rotated).mean(0)
+        back = (alignments[layer].conj().to(phi) for phi, alignments in zip(samples, self.alignments))
+        return torch.stack([phi @ A for phi, A in zip(samples, back)]).mean(0)
 
     def _iterate(self, loader, device, fixed, energies):
         """One more alignment of every network to the average, at the layers that are not fixed."""
-        places, numbers = range(len(fixed)), range(len(self.networks))
-        products = [[ProductSum(self.layers[0][k].is_complex) for k in places] for _ in numbers]
+        places, inner = range(len(fixed)), []
+        products = [[ProductSum(layer.is_complex) for layer in self.layers[0]] for _ in self.networks]
         averages = [ChannelSums() for _ in places]
         with evaluating(*self.networks):
             for batch in loader:
                 for images in first_images(batch).to(device).chunk(len(self.networks)):
                     self._add(images, products, averages)
+        for alignments, sums in zip(self.alignments, products):
+            K = [product.total() / average.count for product, average in zip(sums, averages)]
+            for k in places:
+                alignments[k] = alignments[k] if fixed[k] else align(K[k], self.layers[0][k].is_complex)
+            inner.append([_inner(alignments[k], K[k]) for k in places])
         target = [(sums.var + sums.mean.abs().square()).sum().item() for sums in averages]
-        inner = []
-        for i in numbers:
-            K = [products[i][k].total() / averages[k].count for k in places]
-            self.alignments[i] = [
-                self.alignments[i][k] if fixed[k] else align(K[k], self.layers[0][k].is_complex) for k in places
-            ]
-            inner.append([_inner(self.alignments[i][k], K[k]) for k in places])
-        self._note(energies, [target] * len(self.networks), inner)
+        self.unexplained.append(_unexplained(energies, target, inner))
 
     def _add(self, images, products, averages):
         """Adds a chunk of images: as many networks at once take the memory of one on a whole batch."""
@@ -256,14 +250,14 @@ class MeanNetwork:
             for i, phi in enumerate(samples):
                 products[i][k].add(Samples.of(phi), average)
 
-    def _note(self, energies, targets, inner):
-        """Adds a line to `unexplained`: E‖φ A - t‖² = E‖φ‖² + E‖t‖² - 2 Re⟨A, K⟩."""
-        line = []
-        for k in range(len(self.layers[0])):
-            total = sum(energy[k] for energy in energies)
-            left = sum(e[k] + t[k] - 2 * ab[k] for e, t, ab in zip(energies, targets, inner))
-            line.append(max(left, 0.0) / total if total else 0.0)
-        self.unexplained.append(line)
+
+def _unexplained(energies, target, inner):
+    """Σ_i E‖φ_i A_i - t‖² / Σ_i E‖φ_i‖² at every layer, with E‖φ A - t‖² = E‖φ‖² + E‖t‖² - 2 Re⟨A, K⟩."""
+    line = []
+    for e, t, ab in zip(zip(*energies), target, zip(*inner)):
+        left = sum(e) + len(e) * t - 2 * sum(ab)
+        line.append(max(left, 0.0) / sum(e) if sum(e) else 0.0)
+    return line
 
 
 def _samples(network, layers, images):

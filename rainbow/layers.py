@@ -35,12 +35,13 @@ class Layer(Adapter):
 
     A subclass says what differs. name: its path in the network; module: the module itself, whose input is φ_{j-1};
     kernel: the positions that a row of W_j covers, e.g. (k, k). parameter: the name of the weight in the module;
-    channel_axis: where the channels of inputs and outputs are.
+    channel_axis: where the channels of inputs and outputs are; sizes: the names of N and of `inputs` in the module.
     """
 
     role: ClassVar[str] = "layer"
     parameter: ClassVar[str] = "weight"
     channel_axis: ClassVar[int] = 1
+    sizes: ClassVar[tuple[str, ...]] = ()
 
     name: str
     module: Any
@@ -117,6 +118,8 @@ class Layer(Adapter):
         """Gives the weight another shape, for inputs whose channel axis has another length, and random values."""
         columns = self.dimension // self.inputs * inputs
         set_shape(self.module, self.parameter, self.from_matrix(torch.empty(neurons, columns, device="meta")).shape)
+        for key, size in zip(self.sizes, (neurons, inputs)):
+            setattr(self.module, key, size)
 
     def samples(self, x: Tensor, patches: bool = False) -> Tensor:
         """The layer's input as samples by channels; with `patches` the D entries that a row of W_j meets. # (n, C)"""
@@ -124,14 +127,14 @@ class Layer(Adapter):
 
     def rotate(self, x: Tensor, rotation: Tensor) -> Tensor:
         """The layer's input x with its channels c replaced by Σ_c x_c R_{c,d}; R of shape (C, C')."""
-        rotation = rotation.to(device=x.device, dtype=x.dtype)
-        return torch.tensordot(x, rotation, dims=([self.channel_axis], [0])).movedim(-1, self.channel_axis)
+        return rotate(x, rotation, self.channel_axis)
 
 
 class LinearLayer(Layer):
     """A linear layer, inputs (B, ..., D); or (B, C·M·N), a flattened map, if its kernel is (M, N)."""
 
     channel_axis = -1
+    sizes = "out_features", "in_features"
 
     @classmethod
     def of(cls, name, module, flattened=None):
@@ -141,10 +144,6 @@ class LinearLayer(Layer):
     def inputs(self):
         return self.dimension
 
-    def resize(self, neurons, inputs):
-        super().resize(neurons, inputs)
-        self.module.out_features, self.module.in_features = neurons, inputs
-
     def samples(self, x, patches=False):
         if self.channels == self.dimension or patches:
             return x.flatten(0, -2)
@@ -153,12 +152,13 @@ class LinearLayer(Layer):
     def rotate(self, x, rotation):
         if self.channels == self.dimension:
             return super().rotate(x, rotation)
-        rotation = rotation.to(device=x.device, dtype=x.dtype)
-        return (x.unflatten(1, (self.channels, -1)).mT @ rotation).mT.flatten(1)
+        return rotate(x.unflatten(1, (self.channels, -1)), rotation, 1).flatten(1)
 
 
 class ConvLayer(Layer):
     """A convolution, inputs (B, C, M, N); patches are (B·M'·N', C·k²), of two-dimensional convolutions only."""
+
+    sizes = "out_channels", "in_channels"
 
     @classmethod
     def of(cls, name, module, flattened=None):
@@ -171,10 +171,6 @@ class ConvLayer(Layer):
         if module.groups > 1:
             return Skipped(f"a convolution in {module.groups} groups: its neurons do not see all channels")
         return None
-
-    def resize(self, neurons, inputs):
-        super().resize(neurons, inputs)
-        self.module.out_channels, self.module.in_channels = neurons, inputs
 
     def samples(self, x, patches=False):
         if not patches:
@@ -194,17 +190,20 @@ class ConvLayer(Layer):
 
     def patch_windows(self, padded: Tensor) -> Tensor:
         """What the rows of W_j meet in the padded input, as a view. # (B, M', N', k, k, C)"""
-        conv, axes = self.module, (0, 1)
-        reach = [conv.dilation[axis] * (conv.kernel_size[axis] - 1) for axis in axes]
-        grid = [(padded.shape[1 + axis] - reach[axis] - 1) // conv.stride[axis] + 1 for axis in axes]
-        strides = [padded.stride(1 + axis) * conv.stride[axis] for axis in axes]
-        steps = [padded.stride(1 + axis) * conv.dilation[axis] for axis in axes]
-        shape = (len(padded), *grid, *conv.kernel_size, self.channels)
-        return padded.as_strided(shape, (padded.stride(0), *strides, *steps, 1))
+        conv, windows = self.module, padded
+        for axis in (0, 1):
+            reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+            windows = windows.unfold(1 + axis, reach, conv.stride[axis])[..., :: conv.dilation[axis]]
+        return windows.movedim(3, -1)
 
     def patch_order(self) -> Tensor:
         """For every entry of a row of W_j its place in a window: channel and position change places. # (D,) int64"""
         return torch.arange(self.dimension).view(-1, self.channels).T.flatten()
+
+
+def rotate(x: Tensor, rotation: Tensor, axis: int) -> Tensor:
+    """x with Σ_c x_c R_{c,d} for its channels c on an axis."""
+    return torch.tensordot(x, rotation.to(device=x.device, dtype=x.dtype), dims=([axis], [0])).movedim(-1, axis)
 
 
 register(nn.Linear, LinearLayer)

@@ -74,9 +74,9 @@ class Samples:
         imaginary = None if self.imaginary is None else self.imaginary.clone()
         return replace(self, real=self.real.clone(), imaginary=imaginary)
 
-    def pieces(self, rows: int | None = None) -> Iterator[Samples]:
-        """The same, so many samples at a time: ROWS_AT_ONCE, or as many as make NUMBERS_AT_ONCE."""
-        rows = rows or max(ROWS_AT_ONCE, NUMBERS_AT_ONCE // self.real.shape[1])
+    def pieces(self) -> Iterator[Samples]:
+        """The same, ROWS_AT_ONCE samples at a time, or as many as make NUMBERS_AT_ONCE."""
+        rows = max(ROWS_AT_ONCE, NUMBERS_AT_ONCE // self.real.shape[1])
         for start in range(0, len(self), rows):
             imaginary = None if self.imaginary is None else self.imaginary[start : start + rows]
             yield replace(self, real=self.real[start : start + rows], imaginary=imaginary)
@@ -106,38 +106,33 @@ class ProductSum:
 
         Returns Σ x² of the columns of each part of a symmetric product, its diagonal, for `ChannelSums`. # (D,) float64
         """
-        if b is not None:
-            for left, right in zip(a.pieces(ROWS_AT_ONCE), b.pieces(ROWS_AT_ONCE)):
-                self._add(left, right)
-            return {}
         before = {name: self._sums[name * 2].diagonal().clone() for name in "ri" if name * 2 in self._sums}
-        for piece in a.pieces():
-            self._add(piece, None)
-        after = {name: self._sums[name * 2].diagonal() for name, *_ in a.parts()}
-        return {name: diagonal - before.get(name, 0) for name, diagonal in after.items()}
-
-    def _add(self, a, b):
-        """Adds the products of the parts of a piece, with those of another piece or of itself."""
-        self._shape = a.real.shape[1], (a if b is None else b).real.shape[1]
+        other = a if b is None else b
+        self._shape = a.real.shape[1], other.real.shape[1]
         for name, left, order in a.parts():
-            for other_name, right, other_order in (a if b is None else b).parts():
+            for other_name, right, other_order in other.parts():
                 if name != other_name and not self.complex_values or (b is None and (name, other_name) == ("r", "i")):
                     continue
-                key, half = name + other_name, b is None and name == other_name
-                self._orders[key] = order, other_order
-                if half:
-                    self._symmetric.add(key)
-                self._add_product(key, left, right, triangle(left.shape[1]) if half else [(slice(None), slice(None))])
+                self._orders[name + other_name] = order, other_order
+                self._add_product(name + other_name, left, right, b is None and name == other_name)
+        if b is not None:
+            return {}
+        return {name: self._sums[name * 2].diagonal() - before.get(name, 0) for name, *_ in a.parts()}
 
-    def _add_product(self, key, a, b, blocks):
+    def _add_product(self, key, a, b, symmetric):
         if key not in self._sums:
             device = accumulation_device(a.device)
             self._sums[key] = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=device)
-        total = self._sums[key]
-        for rows, columns in blocks:
-            for left, right in zip(a[:, rows].split(ROWS_AT_ONCE), b[:, columns].split(ROWS_AT_ONCE)):
-                product = self._workspace.take("product", (left.shape[1], right.shape[1]), a)
-                total[rows, columns].add_(torch.mm(left.T, right, out=product).to(total.device))
+            if symmetric:
+                self._symmetric.add(key)
+        total, blocks = self._sums[key], [(slice(None), slice(None))]
+        if symmetric:
+            blocks = list(triangle(a.shape[1]))
+        for left, right in zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE)):
+            for rows, columns in blocks:
+                target = total[rows, columns]
+                product = self._workspace.take("product", target.shape, a)
+                target.add_(torch.mm(left[:, rows].T, right[:, columns], out=product).to(total.device))
 
     def total(self) -> Tensor:
         """The sum, in memory of its own. # (D_a, D_b) float64, or complex128 where samples and `complex_values` are"""
@@ -160,14 +155,8 @@ class ProductSum:
             for rows, columns in triangle(len(total)):
                 if rows != columns:
                     total[columns, rows] = total[rows, columns].T
-        orders = [None if order is None else order.to(total.device) for order in self._orders[key]]
-        if orders[0] is not None and orders[1] is not None:
-            total = total[orders[0][:, None], orders[1]]
-        else:
-            total = total.clone() if orders[0] is None else total[orders[0]]
-            total = total if orders[1] is None else total[:, orders[1]]
-        if total.shape == self._shape:
-            return total
+        for axis, order in enumerate(self._orders[key]):
+            total = total if order is None else total.index_select(axis, order.to(total.device))
         full = total.new_zeros(self._shape)
         full[: total.shape[0], : total.shape[1]] = total
         return full
@@ -182,14 +171,13 @@ class ChannelSums:
 
     def add(self, samples: Samples, squares: dict[str, Tensor] | None = None) -> None:
         """Samples of D channels; squares: what `ProductSum.add` returned for them, if it was called."""
-        count = len(samples)
         for name, x, order in samples.parts():
             total, power = _sum_and_squares(x, None if squares is None else squares[name])
             if self.count:
                 total += self._parts[name][0]
                 power += self._parts[name][1]
             self._parts[name] = total, power, order
-        self.count += count
+        self.count += len(samples)
 
     @property
     def mean(self) -> Tensor:

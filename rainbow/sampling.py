@@ -25,6 +25,7 @@ from rainbow.activations import Activations, memory_for
 from rainbow.alignment import MeanNetwork, align, transport, warn_of_few_samples
 from rainbow.covariance import WeightCovariance
 from rainbow.errors import RainbowError
+from rainbow.layers import rotate
 from rainbow.network import Network
 from rainbow.norms import Norm, normalized_product
 from rainbow.precision import accumulation_device
@@ -328,17 +329,12 @@ class _Sampling:
         """The scores of a network that is the new one before a layer and the trained one from there on."""
         layer = self.new.layers[plan.k]
         x = self.programs[-1].step_of(layer.module).input_of(layer.module, values)
+        turned = dict(values)
+        for name in (self.rotations.keys() & values.keys()) - {plan.key}:
+            turned[name] = rotate(values[name], self.rotations[name].T, 1 if values[name].ndim > 3 else -1)
         if plan.key in self.rotations:
-            x = layer.rotate(x, self.rotations[plan.key].T)  # W (A φ) for a weight W: no conjugate
-        values = {name: x if name == plan.key else self._rotated(name, value) for name, value in values.items()}
-        return self.programs[0].finish(self.reference.layers[0][plan.k].module, x, values)
-
-    def _rotated(self, name, value):
-        """A value of the new network in the space of the first trained one."""
-        if name not in self.rotations:
-            return value
-        back = self.rotations[name].T.to(device=value.device, dtype=value.dtype)
-        return torch.tensordot(value, back, dims=([1], [0])).movedim(-1, 1) if value.ndim > 3 else value @ back
+            turned[plan.key] = x = layer.rotate(x, self.rotations[plan.key].T)  # W (A φ) for a weight W: no conjugate
+        return self.programs[0].finish(self.reference.layers[0][plan.k].module, x, turned)
 
 
 class _CrossCovariance:
