@@ -104,7 +104,8 @@ class Block(nn.Module):
     gives the projection's input, W_j's input in the paper's notation φ_{j-1}; `project` is what follows.
 
     The blocks of the paper run as one operation, the FusedBlock `fused`. They run module by module if `fast` is set to
-    False, if any of their modules has a hook or was replaced, and for numbers other than float32.
+    False, if any of their modules has a hook or was replaced, and for numbers other than float32. Without gradients,
+    hooks on `std`, `P` or what follows leave the operations before them fused.
     """
 
     def __init__(self, signal, config: BlockConfig):
@@ -117,6 +118,8 @@ class Block(nn.Module):
         self._cut = projections[0] if projections else len(stages)
         self.fused = fused_block(signal, stages)
         self._as_built = [(module, type(module), dict(module._modules)) for module in (self, *self.body.modules())]
+        called = {m for stage in (self.std, *stages[self._cut :]) if stage is not None for m in stage.modules()}
+        self._hidden = [each for each in self._as_built if each[0] not in called]  # by fused features
         self.fast = True
 
     @property
@@ -130,7 +133,7 @@ class Block(nn.Module):
     def features(self, x):
         """(B, C, M, N) -> (B, D, M', N'), the input of the projection (the block's output if it has none)."""
         stages = list(self.body)[: self._cut]
-        if self.runs_fused(x.dtype) and not torch.is_grad_enabled():
+        if self._fuses(x.dtype, self._hidden) and not torch.is_grad_enabled():
             x = self.fused.features(x)
             stages = [stage for stage in stages if isinstance(stage, Standardization)]
         return _through(stages, x)
@@ -142,6 +145,8 @@ class Block(nn.Module):
     def forward(self, x):
         if self.runs_fused(x.dtype):
             return from_planar(self.forward_planar(to_planar(x)), 2 if self.out.complex else 1)
+        if self._fuses(x.dtype, self._hidden):
+            return self.project(self.features(x))
         return self.body(x)
 
     def forward_planar(self, x):
@@ -150,9 +155,11 @@ class Block(nn.Module):
 
     def runs_fused(self, dtype):
         """Whether `forward` runs as one operation for images of this type."""
-        if self.fused is None or not self.fast or dtype not in (torch.float, torch.cfloat):
-            return False
-        return all(_is_as_built(*each) for each in self._as_built)
+        return self._fuses(dtype, self._as_built)
+
+    def _fuses(self, dtype, modules):
+        possible = self.fused is not None and self.fast and dtype in (torch.float, torch.cfloat)
+        return possible and all(_is_as_built(*each) for each in modules)
 
 
 def _through(stages, x):

@@ -97,12 +97,13 @@ def test_features_are_the_projections_input(name):
     plain.load_state_dict(block.state_dict())
     block.eval(), plain.eval()
     seen = []
-    plain.P.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        plain(images)
-        features = block.features(images)
-        assert relative_error(features, seen[0]) < 1e-5
-        assert relative_error(block.project(features), block(images)) < 1e-5
+        features, output = block.features(images), block(images)
+        for each in (plain, block):
+            each.P.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+            assert relative_error(each(images), output) < 1e-5
+        assert all(relative_error(features, x) < 1e-5 for x in seen) and len(seen) == 2
+        assert relative_error(block.project(features), output) < 1e-5
 
 
 HOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
@@ -122,6 +123,9 @@ def test_every_hook_of_every_module_fires(name, hook):
         handle = getattr(module, f"register_{hook}")(lambda *_, fired=fired: fired.append(True))
         network(torch.randn(4, 2, 16, 16, requires_grad=True)).sum().backward()
         assert fired == [True], path
+        with torch.no_grad():
+            network(torch.randn(4, 2, 16, 16))
+        assert fired == [True] * (2 if "forward" in hook else 1), path
         handle.remove()
         assert block.runs_fused(torch.float)
 
