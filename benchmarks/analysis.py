@@ -21,11 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import rainbow_layers  # noqa: E402
-from models.block import BlockConfig  # noqa: E402
-from models.scatnet import ScatNet, ScatNetConfig  # noqa: E402
+from models import build, rainbow_layers  # noqa: E402
+from models.config import BlockConfig, ScatNetConfig, StandardConfig  # noqa: E402
+from models.scatnet import ScatNet  # noqa: E402
 from models.signal import Signal  # noqa: E402
-from models.standard import StandardConfig, build_standard  # noqa: E402
 from rainbow import weight_layers  # noqa: E402
 from rainbow.alignment import MeanNetwork  # noqa: E402
 from rainbow.moments import moments, stream_samples  # noqa: E402
@@ -58,7 +57,7 @@ def scattering(kind, width, seed=0):
 def resnet(width, seed=0):
     """A ResNet-18 with random weights, of the same width scaling."""
     torch.manual_seed(seed)
-    return build_standard(StandardConfig("resnet18-custom", 10, Signal(3, 32, 32), width=width)).eval()
+    return build(StandardConfig("resnet18-custom", 10, Signal(3, 32, 32), width=width)).eval()
 
 
 def seconds(action):

@@ -2,13 +2,19 @@
 
 
 def build(config):
-    """The network that a configuration describes, with random weights from torch's generator."""
+    """The network that a configuration describes, with random weights from torch's generator.
+
+    Raises ValueError as its class does.
+    """
     from models.config import ScatNetConfig
 
     if isinstance(config, ScatNetConfig):
         from models.scatnet import ScatNet
 
         return ScatNet(config)
-    from models.standard import build_standard
+    from models.resnet import RESNETS, ResNet
+    from models.torchvision_networks import torchvision_network
+    from models.vgg import VGG, VGGS
 
-    return build_standard(config)
+    make = ResNet if config.name in RESNETS else VGG if config.name in VGGS else torchvision_network
+    return make(config)

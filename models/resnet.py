@@ -4,7 +4,7 @@ from torch import nn
 
 from models.config import StandardConfig
 from models.nonlinearity import StandardNonLinearity
-from models.standard_parts import batch_norm, in_order, initialize_convolutions
+from models.standard import batch_norm, in_order, initialize_convolutions
 
 _BASIC, _BOTTLENECK = 1, 4  # the output channels of a block, relative to its width
 RESNETS = {

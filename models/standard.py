@@ -1,17 +1,27 @@
-"""The standard networks by name: ResNets and VGGs of any width, torchvision's own."""
+"""What ResNets and VGGs share: batch norm, its place, and the initial convolutions."""
 
 from torch import nn
 
 from models.config import StandardConfig
-from models.resnet import RESNETS, ResNet
-from models.torchvision_networks import torchvision_network
-from models.vgg import VGG, VGGS
 
 
-def build_standard(config: StandardConfig) -> nn.Module:
-    """The network of `config`, with random weights from torch's generator. Raises ValueError as its class does."""
-    if config.name in RESNETS:
-        return ResNet(config)
-    if config.name in VGGS:
-        return VGG(config)
-    return torchvision_network(config)
+def batch_norm(config: StandardConfig, channels: int) -> nn.Module:
+    """The batch norm of `channels` channels, affine with `config.bias`; the identity with `config.batch_norm` none."""
+    if config.batch_norm == "none":
+        return nn.Identity()
+    return nn.BatchNorm2d(channels, affine=config.bias)
+
+
+def in_order(config: StandardConfig, norm, non_linearity) -> tuple:
+    """The two modules (or their names) as `config.batch_norm` orders them; without batch norm only the second."""
+    orders = {"none": (non_linearity,), "pre": (norm, non_linearity), "post": (non_linearity, norm)}
+    return orders[config.batch_norm]
+
+
+def initialize_convolutions(network: nn.Module):
+    """Kaiming-normal (fan-out, relu) weights and zero biases for every convolution of `network`."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -4,7 +4,7 @@ from torch import nn
 
 from models.config import StandardConfig
 from models.nonlinearity import StandardNonLinearity
-from models.standard_parts import batch_norm, in_order, initialize_convolutions
+from models.standard import batch_norm, in_order, initialize_convolutions
 
 _WIDTHS = (64, 128, 256, 512, 512)  # a maximum over 2×2 pixels after the convolutions of each width
 _HIDDEN = 4096

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.block import BlockConfig
-from models.scatnet import ScatNet, ScatNetConfig
+from models import build
+from models.config import BlockConfig, ScatNetConfig, StandardConfig
+from models.scatnet import ScatNet
 from models.signal import Signal
-from models.standard import StandardConfig, build_standard
 
 
 def batches(count=4, size=32, shape=(2, 8, 8), seed=0):
@@ -58,7 +58,7 @@ def resnet(seed=0, batch_norm="pre"):
     """A narrow ResNet-18 for images of 32×32."""
     torch.manual_seed(seed)
     config = StandardConfig("resnet18-custom", 3, Signal(2, 32, 32), width=0.125, batch_norm=batch_norm)
-    return build_standard(config).eval()
+    return build(config).eval()
 
 
 def double(x):

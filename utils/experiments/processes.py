@@ -16,7 +16,7 @@ import threading
 from multiprocessing.connection import Connection
 
 # The scripts, what they import late, and what every child imports of this program.
-PRELOADED = "main_block resample models.standard torchvision sklearn.datasets utils.experiments.cluster".split()
+PRELOADED = "main_block resample models.resnet torchvision sklearn.datasets utils.experiments.cluster".split()
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
