@@ -39,39 +39,16 @@ NETWORKS = {
 VARIANTS = ("float32", "tf32", "amp", "compile", "amp+compile")
 
 
-def parser():
-    """The command line."""
-    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    top.add_argument("--only", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="networks to time (default: all)")
-    top.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all that the device has")
-    top.add_argument("--batch-size", type=int, metavar="N", help="images in a step (default: that of the paper)")
-    top.add_argument("--steps", type=int, default=20, help="timed steps (default 20), after three others")
-    top.add_argument("--device", default="auto", help="cuda, cuda:N, mps or cpu (default: the accelerator)")
-    return top
-
-
-def wait(device):
-    """Until the device has done everything."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-
-
-def seconds(function, device, repetitions, warm_up=3):
-    """Mean seconds of a call, after some others."""
-    for _ in range(warm_up):
-        function()
-    wait(device)
-    start = time.perf_counter()
-    for _ in range(repetitions):
-        function()
-    wait(device)
+def seconds(function, device, repetitions):
+    """Mean seconds of a call, after three others."""
+    wait = getattr(torch, device.type).synchronize
+    for times in (3, repetitions):
+        wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            function()
+        wait()
     return (time.perf_counter() - start) / repetitions
-
-
-def set_precision(variant):
-    """TensorFloat-32 in this variant only."""
-    torch.set_float32_matmul_precision("high" if variant == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = variant == "tf32"
 
 
 def peak(device, variant):
@@ -127,7 +104,13 @@ def report(name, args, device, variant, fastest):
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top.add_argument("--only", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="networks to time (default: all)")
+    top.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all that the device has")
+    top.add_argument("--batch-size", type=int, metavar="N", help="images in a step (default: that of the paper)")
+    top.add_argument("--steps", type=int, default=20, help="timed steps (default 20), after three others")
+    top.add_argument("--device", default="auto", help="cuda, cuda:N, mps or cpu (default: the accelerator)")
+    args = top.parse_args(argv)
     device = pick_device(args.device)
     if device.type == "cpu" and args.device == "auto":
         print("No accelerator is available: nothing is measured (--device cpu --batch-size 2 shows that it runs).")
@@ -139,7 +122,8 @@ def main(argv=None):
     print(f"{describe_device(device)}, torch {torch.__version__}")
     print(f"{'network':15} {'variant':12} {'batch':>6} {'images/s':>12} {'memory GB':>10} {'of peak':>11}")
     for variant in args.variants or possible:
-        set_precision(variant)
+        torch.set_float32_matmul_precision("high" if variant == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = variant == "tf32"
         fastest = peak(device, variant)
         for name in args.only:
             report(name, args, device, variant, fastest)

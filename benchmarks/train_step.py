@@ -1,6 +1,6 @@
 """Times a training step next to the plain reference and to the matrix products that cannot be avoided.
 
-    python benchmarks/train_step.py [--only NAME ...] [--repetitions 5] [--no-reference] [--no-memory]
+    python benchmarks/train_step.py [--only NAME ...] [--repetitions 5]
 
 For each network: medians of interleaved repetitions, in one process, of
 
@@ -129,27 +129,22 @@ def peak_memory(name, which):
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def report(name, arguments):
-    kinds = ["ours", "floor"] if arguments.no_reference else ["ours", "reference", "floor"]
+def report(name, repetitions):
     for training in (True, False):
-        functions = {which: prepare(name, which, training) for which in kinds}
-        median = times(functions, arguments.repetitions, inner=20 if name == "laptop" else 1)
+        functions = {which: prepare(name, which, training) for which in ("ours", "reference", "floor")}
+        median = times(functions, repetitions, inner=20 if name == "laptop" else 1)
         text = "  ".join(f"{which} {seconds * 1e3:9.1f} ms" for which, seconds in median.items())
-        text += f"  ours/floor {median['ours'] / median['floor']:5.2f}"
-        if "reference" in median:
-            text += f"  reference/ours {median['reference'] / median['ours']:5.2f}"
+        ratios = median["ours"] / median["floor"], median["reference"] / median["ours"]
+        text += "  ours/floor {:5.2f}  reference/ours {:5.2f}".format(*ratios)
         print(f"{name:9} {'step' if training else 'eval'}  {text}", flush=True)
-    if not arguments.no_memory:
-        peaks = (f"{which} {peak_memory(name, which):.2f} GB" for which in kinds if which != "floor")
-        print(f"{name:9} peak  " + "  ".join(peaks), flush=True)
+    peaks = (f"{which} {peak_memory(name, which):.2f} GB" for which in ("ours", "reference"))
+    print(f"{name:9} peak  " + "  ".join(peaks), flush=True)
 
 
 def main():
     top = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     top.add_argument("--only", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="networks to time (default: all)")
     top.add_argument("--repetitions", type=int, default=5, help="timed repetitions of each (default 5)")
-    top.add_argument("--no-reference", action="store_true", help="leave out the slow reference")
-    top.add_argument("--no-memory", action="store_true", help="leave out the memory of fresh processes")
     top.add_argument("--peak", nargs=2, metavar=("NAME", "WHICH"), help=argparse.SUPPRESS)
     arguments = top.parse_args()
     if arguments.peak:
@@ -158,7 +153,7 @@ def main():
         return print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in arguments.only:
-        report(name, arguments)
+        report(name, arguments.repetitions)
     return None
 
 

@@ -80,14 +80,10 @@ def _cut(whole, size):
 
 
 class FusedBlock(nn.Module):
-    """What a block of the pattern `Fw [rho] [Std] P|Pr|Pc [N]` computes, as one operation.
+    """What a block of the pattern `Fw [rho] [Std] P|Pr|Pc [N]` computes, as one operation, for inputs of type `signal`.
 
-    Args:
-        transform: the WaveletTransform.
-        signal: type of the block's input.
-        skip: whether the features are [z, |z|] instead of [φ, |ψ|].
-        standardized: whether there is a Standardization; "homogeneous" for one that keeps the mean at 0.
-        normalized: whether there is a Normalization.
+    `skip`: the features are [z, |z|] instead of [φ, |ψ|]; `standardized`, `normalized`: there is a Standardization
+    ("homogeneous" for one that keeps the mean at 0), a Normalization.
     """
 
     def __init__(self, transform, signal, skip, standardized, normalized):
@@ -234,12 +230,7 @@ class FusedBlock(nn.Module):
     # -- what a block calls ---------------------------------------------------------------------------------------
 
     def forward(self, x, weight, std=None):
-        """x (B, M, N, p·C) -> (B, M', N', q·C'); updates the running statistics of `std` in training.
-
-        Args:
-            weight: W (C', D) in canonical channel order, real or complex.
-            std: the block's Standardization, if it has one.
-        """
+        """x (B, M, N, p·C), W (C', D) in canonical order -> (B, M', N', q·C'); moves `std`'s statistics in training."""
         statistics = None if std is not None and std.training else self._fixed_statistics(std, x)
         lower = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         with torch.autocast(x.device.type, enabled=False):

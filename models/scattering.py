@@ -11,13 +11,8 @@ from models.wavelets import filter_bank
 def reference_transform(x, bank, subsample):
     """The wavelet transform by FFT, in the plainest form: the standard that the fast one is compared with.
 
-    Args:
-        x: (B, C, M, N) real or complex.
-        bank: (n + 1, P, Q) real DFTs of ψ_0 .. ψ_{n-1}, φ at the padded size.
-        subsample: whether to keep every second sample.
-
-    Returns:
-        φ (B, C, M', N') of x's type and ψ (B, C·n, M', N') complex, the filter index fastest.
+    x (B, C, M, N) real or complex and `bank`, the real DFTs (n + 1, P, Q) of ψ_0 .. ψ_{n-1}, φ at the padded size ->
+    φ (B, C, M', N') of x's type and ψ (B, C·n, M', N') complex, the filter index fastest, subsampled by 2 or not.
     """
     rows, columns = padding_indices(x.shape[2]), padding_indices(x.shape[3])
     padded = x[:, :, rows][:, :, :, columns]  # (B, C, P, Q)

@@ -151,13 +151,8 @@ def _plan(bank_bytes, bank_shape, shape, subsample, parts, phi_parts):
 class WaveletMaps(nn.Module):
     """The wavelet transform and its adjoint on chunks of planar images (b, M, N, p·C), as matrix products.
 
-    Args:
-        bank: (n + 1, P, Q) real DFTs of the filters, φ last.
-        shape: (M, N) of the images.
-        subsample: whether the output is subsampled by 2.
-        parts: 1 for real images, 2 for complex ones.
-        phi_parts: parts of φ wanted; 2 also for the zero imaginary part of a real φ.
-
+    `bank`: (n + 1, P, Q) real DFTs of the filters, φ last. `subsample`: the output is subsampled by 2. `parts`: 1 for
+    real images, 2 for complex ones. `phi_parts`: those of φ wanted; 2 also for the zero imaginary part of a real φ.
     `places`: where in [φ, ψ] the filters of each group are; `planes`: real planes of a channel's coefficients.
     """
 
