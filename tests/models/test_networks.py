@@ -116,13 +116,6 @@ def test_regularised_weights_approach_their_constraint():
     assert groups[1]["params"] == [weight]
 
 
-def test_frozen_projections_are_not_trained():
-    net = block_network("Fw Std Pr", psi_arch=("mod",), Pr_size=4, freeze_projection=True)
-    net(torch.randn(2, 3, 32, 32)).sum().backward()
-    assert net.blocks[0].P.weight.grad is None
-    assert net.classifier.linear.weight.grad is not None
-
-
 def test_fixed_projection_and_given_variances():
     """Weights start with the variances given along the directions given."""
     basis = torch.linalg.qr(torch.randn(15, 15))[0][:3]

@@ -122,18 +122,6 @@ def test_learned_non_linearities_have_finite_gradients(config):
     assert all(p.grad.isfinite().all() and p.grad.any() for k, p in network.named_parameters() if k.endswith("gain"))
 
 
-def test_same_seed_same_weights():
-    def weights(seed):
-        torch.manual_seed(seed)
-        return torch.cat([p.flatten() for p in build(TINY).parameters()])
-
-    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
-
-
-def test_input_channels_follow_the_images():
-    assert build(replace(TINY, input=Signal(1, 8, 8)))(torch.randn(2, 1, 8, 8)).shape == (2, 10)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
