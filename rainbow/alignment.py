@@ -28,18 +28,20 @@ from rainbow.samples import ChannelSums, ProductSum, Samples
 SAME = 1e-5  # least distance from 1 of a correlation that tells two channels apart
 
 
-def align(K: Tensor, complex_values: bool = False) -> Tensor:
+def align(K: Tensor, complex_values: bool = False, noise: float = 0.0) -> Tensor:
     """A = U V^H for K = U S V^H, in double precision; of the real part of K unless `complex_values`. # (D_a, D_b)
 
-    Where D_a ≠ D_b, A is a partial isometry: its shorter side is orthonormal. Raises RainbowError if K is not finite.
+    Where D_a ≠ D_b, A is a partial isometry: its shorter side is orthonormal. noise: the relative rounding error of K;
+    A is 0 in the directions that it may have made, of S up to 4 noise max S. Raises RainbowError if K is not finite.
     """
     K = to_double(K)
     if K.is_complex() and not complex_values:
         K = K.real
     if K.ndim != 2 or not torch.isfinite(K.abs()).all():
         raise RainbowError(f"cannot align: the cross-covariance of shape {tuple(K.shape)} is not a finite matrix")
-    u, _, vh = torch.linalg.svd(K, full_matrices=False)
-    return u @ vh
+    u, S, vh = torch.linalg.svd(K, full_matrices=False)
+    kept = S >= 4 * noise * S.max()
+    return u[:, kept] @ vh[kept]
 
 
 def transport(weights: Tensor, A: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def align_networks(found: Moments, i: int, j: int, layer: int) -> Tensor:
     K = found.cross(i, j, layer)
     if is_same_input(found, i, j, layer):
         return torch.eye(len(K), dtype=torch.float64, device=K.device)
-    return align(K, found.complex_weights[layer])
+    return align(K, found.complex_weights[layer], rounding(found.count(i, layer)))
 
 
 def warn_of_few_samples(layer: str, samples: int, dimension: int) -> None:
@@ -120,7 +122,7 @@ class Alignment:
         layers = range(len(self.names))
         self._statistics = [[(found.mean(n, k), found.var(n, k)) for n in (i, j)] for k in layers]
         self.matrices = [
-            align(self._products(found, i, j, k)[0], found.complex_weights[k])
+            align(self._products(found, i, j, k)[0], found.complex_weights[k], rounding(found.count(i, k)))
             if self.standardize and not is_same_input(found, i, j, k)
             else align_networks(found, i, j, k)
             for k in layers
@@ -236,7 +238,8 @@ class MeanNetwork:
         for alignments, sums in zip(self.alignments, products):
             K = [product.total() / average.count for product, average in zip(sums, averages)]
             for k in places:
-                alignments[k] = alignments[k] if fixed[k] else align(K[k], self.layers[0][k].is_complex)
+                if not fixed[k]:
+                    alignments[k] = align(K[k], self.layers[0][k].is_complex, rounding(averages[k].count))
             inner.append([_inner(alignments[k], K[k]) for k in places])
         target = [(sums.var + sums.mean.abs().square()).sum().item() for sums in averages]
         self.unexplained.append(_unexplained(energies, target, inner))

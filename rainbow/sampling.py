@@ -28,7 +28,7 @@ from rainbow.errors import RainbowError
 from rainbow.layers import rotate
 from rainbow.network import Network
 from rainbow.norms import Norm, normalized_product
-from rainbow.precision import accumulation_device
+from rainbow.precision import accumulation_device, rounding
 from rainbow.program import channel_samples
 from rainbow.running import device_of, evaluating, first_images
 from rainbow.samples import ChannelSums, ProductSum, Samples
@@ -299,7 +299,7 @@ class _Sampling:
                 for name, product in sums.items():
                     product.add(*(Samples.of(channel_samples(values[i][name])) for i in (0, -1)))
         if cross is not None:
-            A = self.alignments[plan.key] = align(cross.finish(), layer.is_complex)
+            A = self.alignments[plan.key] = align(cross.finish(), layer.is_complex, rounding(cross.count))
             self.rotations[plan.key] = self.reference.alignments[0][plan.k].to(A) @ A
         self.rotations |= {name: align(product.total()) for name, product in sums.items()}
         return self.alignments[plan.key]

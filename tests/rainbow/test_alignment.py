@@ -115,6 +115,15 @@ def test_it_is_scipys_orthogonal_procrustes():
     torch.testing.assert_close(align(a.T @ b), torch.from_numpy(expected))
 
 
+def test_directions_that_rounding_may_have_made_are_cut():
+    U, V = (random_isometry(8, torch.float64, seed) for seed in (0, 1))
+    S, noise = 10.0 ** -torch.arange(0.0, 16, 2, dtype=torch.float64), 1e-5
+    change = noise * torch.randn(8, 8, dtype=torch.float64) / 100
+    one, other = (align((U * S) @ V.mT + sign * change, noise=noise) for sign in (1, -1))
+    assert torch.linalg.matrix_rank(one) == torch.linalg.matrix_rank(other) == (4 * noise <= S).sum()
+    assert (one - other).norm() < 0.02 < (align((U * S) @ V.mT + change) - align((U * S) @ V.mT - change)).norm()
+
+
 def test_complex_alignment_is_better_than_any_real_one():
     a, U = torch.randn(300, 7, dtype=torch.complex128), random_isometry(7, torch.complex128)
     K = a.T @ (a @ U.T).conj() / 300  # φ_b = U φ_a
