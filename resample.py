@@ -29,7 +29,7 @@ from utils.runs.checkpoints import checkpoint_of, save
 from utils.runs.folder import RunFolder
 from utils.runs.log import RunLog
 from utils.runs.networks import load_network, network_config
-from utils.runs.samples import final_accuracies, read_rows, row_of, write_rows
+from utils.runs.samples import rainbow_accuracies, rainbow_layer, read_rows, row_of, write_rows
 from utils.runs.session import describe, failures_noted, hold, refuse_changes, set_precision
 
 TOLERANCE = 2.0  # percent, between machines and precisions
@@ -62,7 +62,8 @@ def main(argv=None):
             rows = sample_all(folder, log, args, sampler, rows or [], checkpoint)
             describe(folder, argv, vars(args), sampler.trained, **about)
             log.status("finished", args.num_repeats, args.num_repeats, *summary(rows))
-            log.say(f"{len(final_accuracies(rows))} samples: top-1 {summary(rows)[0]:.2f} % on average")
+            layers = f"layers 1..{rainbow_layer(rows)} of {len(sampler.widths)}"
+            log.say(f"{args.num_repeats} samples: {layers}: top-1 {summary(rows)[0]:.2f} % on average")
     return 0
 
 
@@ -200,9 +201,9 @@ def tell(log, sampler, repeat, accuracy):
 
 
 def summary(rows):
-    """Average and best top-1 accuracy of the samples, None for none."""
-    final = final_accuracies(rows)
-    return (sum(final) / len(final), max(final)) if final else (None, None)
+    """Average and best top-1 accuracy of the paper's rainbow networks among the samples, None for none."""
+    found = rainbow_accuracies(rows)
+    return (sum(found) / len(found), max(found)) if found else (None, None)
 
 
 def show_warning(message, category, filename, lineno, file=None, line=None):

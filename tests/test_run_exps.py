@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_line(folder):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [("--only resamplin", "did you mean resampling"), ("--scale lptop", "did you mean laptop")]
-    + [("--figure 10", "no such figure"), ("--name digits-WP16-norm", "no such experiment")]
+    + [("--figure 11", "no such figure"), ("--name digits-WP16-norm", "no such experiment")]
     + [("--match (", "not a regular expression"), ("--match nothing", "no experiment meets all")]
     + [("--jobs 0", "at least 1"), ("--jobs x", "invalid int value"), ("--epochs two", "whole number")]
     + [("--submit local --pack 0", "at least 1"), ("--submit local --time soon", "--time soon")],

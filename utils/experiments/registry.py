@@ -22,6 +22,7 @@ from utils.experiments.published import load_published
 SCALES = ("paper", "laptop")
 TRIAL_FLAGS = ("--epochs", "--data-subset", "--batch-size", "--lr")
 RESAMPLING_PASSES = 6  # over the training images, to sample a network
+KERNELS = 3  # networks of figure 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Experiment:
     """One run of a script, and why it is made.
 
     name: its folder under the checkpoints. script, arguments: what is run, without --seed and --dir.
-    kind: "trained", "resampled", "retrained" (the classifier of a resampled network) or "white".
+    kind: "trained", "resampled", "retrained" (last projection and classifier of a resampled network) or "white".
     serves: pairs (figure, set in that figure). width: scaling of all widths. init: number among its equals.
     needs: names of the experiments that must be finished before. published: {"acc1" or "acc5": percent, "source"}.
     epochs, images, steps: of training (or samples), per epoch, in all. cost: real multiply-adds, all of the run.
@@ -57,7 +58,7 @@ class Experiment:
 
     @property
     def figures(self):
-        """Numbers of the paper's figures that this experiment serves."""
+        """Numbers of the figures that this experiment serves."""
         return tuple(sorted({figure for figure, _ in self.serves}))
 
     @property
@@ -73,9 +74,10 @@ class Experiment:
 # --- The scales --------------------------------------------------------------------------------------------------
 
 # How they differ: data, schedules, widths (exponents of 2) and networks per set. `deep`, `shallow` and `large` are the
-# networks of width 1; `large_by` and `resnets_by` say how networks are trained if not by `recipe`. `resampling_skip`:
-# figure 3 has the skip network (as in the paper; on the digits even its white features are nearly perfect). `repeats`:
-# rainbow networks per trained one (None: the script's own).
+# networks of width 1; `large_by` and `resnets_by` say how networks are trained if not by `recipe`. `inits`: networks of
+# a figure that has one network of a kind in the paper; claims are checked on each. `resampling_skip`: figure 3 has the
+# skip network (as in the paper; on the digits even its white features are nearly perfect), not a network of figures 4
+# and 5. `resampling_shown`: the widths it draws. `repeats`: rainbow networks per trained one (None: the script's own).
 PAPER = SimpleNamespace(
     name="paper",
     data=CIFAR10,
@@ -88,11 +90,12 @@ PAPER = SimpleNamespace(
     resnet_widths=range(-3, 4),
     resnet_shown=0,
     gaussianity=50,
+    inits=1,
     resampling_widths=range(-3, 4),
+    resampling_shown=range(-3, 3),
     resampling_skip=True,
     repeats=None,
     activation_widths=range(-3, 4),
-    activation_inits=1,
     weight_widths=range(-3, 6),
     weight_inits=10,
     many=50,
@@ -110,11 +113,12 @@ LAPTOP = SimpleNamespace(
     resnet_widths=range(-4, 0),
     resnet_shown=-1,
     gaussianity=20,
+    inits=3,
     resampling_widths=range(-3, 3),
+    resampling_shown=range(-3, 3),
     resampling_skip=False,
     repeats=3,
     activation_widths=range(-3, 3),
-    activation_inits=2,
     weight_widths=range(-3, 3),
     weight_inits=3,
     many=20,
@@ -153,19 +157,21 @@ def train(scale, network, group, serves, data=None, recipe=None, prefix=None, su
 
 
 def train_classifier(scale, network, group, serves, more=(), **fields):
-    """The experiment that trains only the classifier of `network`, its blocks staying as they begin."""
-    frozen = ("--freeze-P", *["1"] * len(network.sizes))
+    """The experiment that trains only the classifier of `network`, of which the last projection is a part (section 4);
+    the other projections stay as they begin."""
+    frozen = ("--freeze-P", *["1"] * (len(network.sizes) - 1))
     return train(scale, network, group, serves, more=frozen + tuple(more), passes=1, **fields)
 
 
-def resample(scale, trained, network, **fields):
-    """The experiment that samples rainbow networks of `trained` (paper, section 4)."""
+def resample(scale, trained, network, serves, **fields):
+    """The experiment that samples rainbow networks of `trained` (paper, section 4). serves: {figure: set}."""
     name, repeats = f"resamplings/resample-{trained.name}", scale.repeats or 1
     more = () if scale.repeats is None else ("--num-repeats", str(repeats))
     return dataclasses.replace(
         trained,
         name=name,
         script="resample.py",
+        serves=tuple(serves.items()),
         arguments=("--experiment", trained.name, *more),
         seed=seed_of(name),
         kind="resampled",
@@ -240,11 +246,12 @@ def _published_by_width(scale, name, width):
 
 
 def gaussianity(scale):
-    """Many networks of one width (figures 1, 2, 8): are their weights Gaussian once aligned and whitened?"""
+    """Many networks of one width (figures 1, 2, 8): are their weights Gaussian once aligned and whitened? The first of
+    them are sampled for figure 10, which is ours."""
     published = _published(scale, "clipping", "accuracy_weight_4", -1)
-    serves = dict.fromkeys((1, 2, 8), "networks")
 
     def one(init):
+        serves = dict.fromkeys((1, 2, 8, 10) if init <= KERNELS else (1, 2, 8), "networks")
         suffix = f"-gaussiantest-init{init}"
         return train(scale, scale.deep, "gaussianity", serves, suffix=suffix, init=init, published=published)
 
@@ -254,37 +261,70 @@ def gaussianity(scale):
 def resampling(scale):
     """Trained networks of every width, rainbow networks sampled from them, and those with their classifier trained
     (figure 3). Ours: white random features, the same network with its first weights frozen, classifier trained."""
-    group, rows = "resampling", []
+    rows = []
     for exponent in scale.resampling_widths:
         network, width = dataclasses.replace(scale.deep.scaled(exponent), skip=scale.resampling_skip), 2.0**exponent
-        published = functools.partial(_published_by_width, scale, width=width)
-        trained = train(scale, network, group, {3: "trained"}, width=width, published=published("trained"))
-        sampled = resample(scale, trained, network, serves=((3, "rainbow"),), published=published("rainbow"))
-        start = {"more": ("--resume", f"{sampled.name}/{sampled.output}", "--restart"), "needs": (sampled.name,)}
-        fields = {"suffix": "-load-gaussian-retrainclf", "kind": "retrained", "published": published("retrained")}
-        retrained = train_classifier(scale, network, group, {3: "retrained"}, width=width, **start, **fields)
-        fields = {"suffix": "-white-trainclf", "kind": "white", "ours": True}
-        white = train_classifier(scale, network, f"{group}_baseline", {3: "white"}, width=width, **fields)
-        rows.append((trained, sampled, retrained, white))
+        serves = {3: "trained"} if exponent in scale.resampling_shown else {}
+        serves |= {} if scale.resampling_skip else {4: "widths", 5: "scattering"}
+        published = _published_by_width(scale, "trained", width)
+        trained = train(scale, network, "resampling", serves, width=width, published=published)
+        rows.append((trained, *_rainbow(scale, network, trained)))
     return [experiment for row in zip(*rows) for experiment in row]
+
+
+def _rainbow(scale, network, trained, suffix=""):
+    """Rainbow networks of a trained one, the first of them with its classifier trained, and white random features."""
+
+    def fields(part, published=None):
+        serves = {3: part} if 3 in trained.figures else {}
+        return {"serves": serves, "published": published and _published_by_width(scale, published, trained.width)}
+
+    shared, group = {"width": trained.width, "init": trained.init}, "resampling"
+    sampled = resample(scale, trained, network, group=group, **fields("rainbow", "rainbow"))
+    start = {"more": ("--resume", f"{sampled.name}/{sampled.output}", "--restart"), "needs": (sampled.name,), **shared}
+    start |= {"suffix": f"{suffix}-load-gaussian-retrainclf", "kind": "retrained", **fields("retrained", "retrained")}
+    white = {"suffix": f"{suffix}-white-trainclf", "kind": "white", "ours": True, **shared, **fields("white")}
+    retrained = train_classifier(scale, network, group, **start)
+    return sampled, retrained, train_classifier(scale, network, f"{group}_baseline", **white)
 
 
 def activation_convergence(scale):
     """Scattering networks and ResNets of every width (figures 4, 5, 7): do activations converge with width?"""
-    group, experiments = "activation_convergence", []
-    for exponent in scale.activation_widths:
-        for init in range(1, scale.activation_inits + 1):
-            serves = {4: "widths", 5: "scattering"} if init == 1 else {5: "scattering"}
-            suffix = f"-init{init}" if scale.activation_inits > 1 else ""
-            fields = {"suffix": suffix, "width": 2.0**exponent, "init": init}
-            experiments.append(train(scale, scale.deep.scaled(exponent), group, serves, **fields))
+    group = "activation_convergence"
+    inits = range(1) if scale.resampling_skip else range(1, scale.inits)  # else the first are those of figure 3
+    experiments = [_scattering(scale, exponent, init) for exponent in scale.activation_widths for init in inits]
     for exponent in scale.resnet_widths:
         shown = exponent == scale.resnet_shown
         serves = {5: "resnet", 7: "resnet"} if shown else {5: "resnet"}
         published = _published(scale, "imagenet_spectra", "resnet_acc5", accuracy="acc5") if shown else None
-        fields = {"width": 2.0**exponent, "published": published, **scale.resnets_by}
-        experiments.append(train(scale, ResNet(2.0**exponent), group, serves, **fields))
+        for init in range(1, scale.inits + 1):
+            fields = {"width": 2.0**exponent, "published": published, "init": init, **scale.resnets_by}
+            fields["suffix"] = fields.get("suffix", "") + _again(init)
+            experiments.append(train(scale, ResNet(2.0**exponent), group, serves, **fields))
     return experiments
+
+
+def _scattering(scale, exponent, init):
+    """A scattering network of figures 4 and 5; of figure 3 too unless it is the only one."""
+    serves = {4: "widths", 5: "scattering"} | ({3: "trained"} if init else {})
+    fields = {"width": 2.0**exponent, "init": init + 1, "suffix": f"-init{init}" if init else ""}
+    return train(scale, scale.deep.scaled(exponent), "activation_convergence", serves, **fields)
+
+
+def resampling_again(scale):
+    """Rainbow networks of the further networks of figure 3, where a scale has several."""
+    inits = () if scale.resampling_skip else range(1, scale.inits)
+    pairs = [(exponent, init) for exponent in scale.activation_widths for init in inits]
+    rows = [
+        _rainbow(scale, scale.deep.scaled(exponent), _scattering(scale, exponent, init), f"-init{init}")
+        for exponent, init in pairs
+    ]
+    return [experiment for row in zip(*rows) for experiment in row]
+
+
+def _again(init):
+    """The end of the name of a network of which the paper has one."""
+    return "" if init == 1 else f"-init{init}"
 
 
 def weight_convergence(scale):
@@ -306,14 +346,20 @@ def weight_convergence(scale):
 
 def imagenet_spectra(scale):
     """The complex skip network (figure 7); the ResNet beside it is one of `activation_convergence`."""
-    published = _published(scale, "imagenet_spectra", "scattering_acc5", accuracy="acc5")
-    serves = {7: "scattering"}
-    return [train(scale, scale.large, "imagenet_spectra", serves, published=published, **scale.large_by)]
+    fields = {"published": _published(scale, "imagenet_spectra", "scattering_acc5", accuracy="acc5"), **scale.large_by}
+    return [
+        train(scale, scale.large, "imagenet_spectra", {7: "scattering"}, suffix=_again(init), init=init, **fields)
+        for init in range(1, scale.inits + 1)
+    ]
 
 
 def dynamics(scale):
-    """One network whose first epochs are kept (figure 9): training amplifies the weights where Ĉ is large."""
-    return [train(scale, dataclasses.replace(scale.deep, norm=False, decay=False), "dynamics", {9: "network"})]
+    """A network whose first epochs are kept (figure 9): training amplifies the weights where Ĉ is large."""
+    network = dataclasses.replace(scale.deep, norm=False, decay=False)
+    return [
+        train(scale, network, "dynamics", {9: "network"}, suffix=_again(init), init=init)
+        for init in range(1, scale.inits + 1)
+    ]
 
 
 # --- The registry ------------------------------------------------------------------------------------------------
@@ -326,7 +372,7 @@ def experiments(scale="paper"):
         raise ValueError(f"scale {scale!r}: not known; {' or '.join(SCALES)}")
     chosen = {"paper": PAPER, "laptop": LAPTOP}[scale]
     groups = (gaussianity, resampling, activation_convergence, weight_convergence, imagenet_spectra, dynamics)
-    return tuple(experiment for group in groups for experiment in group(chosen))
+    return tuple(experiment for group in (*groups, resampling_again) for experiment in group(chosen))
 
 
 def by_name(scale="paper"):
@@ -347,7 +393,7 @@ def figures(scale="paper"):
 def figure_sets(scale, figure):
     """{set: experiments} of a figure, each set narrowest first, then by number of initialisation.
 
-    1, 2, 8: networks. 3: trained, rainbow, retrained, white. 4: widths. 5: scattering, resnet. 6: widths, many.
+    1, 2, 8, 10: networks. 3: trained, rainbow, retrained, white. 4: widths. 5: scattering, resnet. 6: widths, many.
     7: scattering, resnet. 9: network.
     """
     sets = {}

@@ -257,7 +257,7 @@ def imagenet_spectra(source: Source, shown: Shown) -> Numbers:
     """Figure 7, for NAME scattering and resnet. NAME_layers: j; NAME_activations_j: eigenvalues of E[φ φᵀ] of the
     patches that W_j meets; NAME_weights_j: eigenvalues of Ĉ_j of the one network; NAME_acc5: top-5 accuracy in %."""
     numbers = {}
-    for name, (member,) in source.sets(7).items():
+    for name, (member, *_) in source.sets(7).items():
         network = source.network(member)
         layers = source.layers(member, network)[:-1]
         images, names = source.train(member, shown.images), [layer.name for layer in layers]
@@ -300,7 +300,7 @@ def _three_bases(layer: Layer, mean: MeanNetwork, k: int, kernel: Tensor) -> dic
 def training_dynamics(source: Source, shown: Shown) -> Numbers:
     """Figure 9. layer: j; epochs; amplification, cosine: (epochs, ranks); planes: (3, 2) ranks, from 1; trajectories:
     (3, neurons, epochs, 2), weights in these planes of principal directions at the end of training."""
-    (member,) = source.sets(9)["network"]
+    member, *_ = source.sets(9)["network"]
     trained = source.network(member)
     name = source.layers(member, trained)[shown.layer - 1].name
     epochs = [epoch for epoch in source.epochs(member) if epoch <= shown.last_epoch]

@@ -22,7 +22,7 @@ from utils.experiments.status import read_state
 from utils.runs.folder import RunFolder
 from utils.runs.networks import load_network
 from utils.runs.options import TRAINING
-from utils.runs.samples import final_accuracies, read_rows
+from utils.runs.samples import rainbow_accuracies, read_rows
 
 
 class Batches:
@@ -129,7 +129,7 @@ class Source:
     def sampled_accuracies(self, experiment: Experiment) -> np.ndarray:
         """Top-1 test accuracy in percent of every rainbow network sampled. # (repeats,)"""
         folder = self.root / experiment.name
-        accuracies = final_accuracies(read_rows(folder))
+        accuracies = rainbow_accuracies(read_rows(folder))
         if not accuracies:
             raise UserError(f"{folder}: no accuracies of samples; run resample.py")
         return np.array(accuracies)

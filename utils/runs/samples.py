@@ -34,6 +34,13 @@ def read_rows(folder):
     return rows
 
 
-def final_accuracies(rows):
-    """Top-1 accuracy in percent of each sample with all layers sampled."""
-    return list({row["repeat"]: float(row["acc1"]) for row in rows}.values())
+def rainbow_layer(rows):
+    """How many layers of the paper's rainbow networks are sampled: all but the last projection and the classifier, which
+    are the trained ones, rotated (section 4); all, if no row is of fewer."""
+    layers = sorted({int(row["layer"]) for row in rows})
+    return layers[-2] if len(layers) > 1 and layers[-2] > 0 else layers[-1]
+
+
+def rainbow_accuracies(rows):
+    """Top-1 accuracy in percent of each of the paper's rainbow networks."""
+    return [float(row["acc1"]) for row in rows if int(row["layer"]) == rainbow_layer(rows)]
