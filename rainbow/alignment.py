@@ -39,8 +39,8 @@ def align(K: Tensor, complex_values: bool = False, noise: float = 0.0) -> Tensor
         K = K.real
     if K.ndim != 2 or not torch.isfinite(K.abs()).all():
         raise RainbowError(f"cannot align: the cross-covariance of shape {tuple(K.shape)} is not a finite matrix")
-    u, S, vh = torch.linalg.svd(K, full_matrices=False)
-    kept = S >= 4 * noise * S.max()
+    u, singular, vh = torch.linalg.svd(K, full_matrices=False)
+    kept = singular >= 4 * noise * singular.max()
     return u[:, kept] @ vh[kept]
 
 

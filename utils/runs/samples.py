@@ -35,8 +35,8 @@ def read_rows(folder):
 
 
 def rainbow_layer(rows):
-    """How many layers of the paper's rainbow networks are sampled: all but the last projection and the classifier, which
-    are the trained ones, rotated (section 4); all, if no row is of fewer."""
+    """How many layers of the paper's rainbow networks are sampled: all but the last projection and the classifier,
+    which are the trained ones, rotated (section 4); all, if no row is of fewer."""
     layers = sorted({int(row["layer"]) for row in rows})
     return layers[-2] if len(layers) > 1 and layers[-2] > 0 else layers[-1]
 
