@@ -11,12 +11,11 @@ import models
 from utils.data.datasets import load_datasets
 from utils.device import describe_device
 from utils.errors import UserError, as_user_error, run_main
-from utils.runs import options, ranks
+from utils.runs import options, ranks, session
 from utils.runs.checkpoints import load, load_weights, stored_args
 from utils.runs.folder import RunFolder, find_checkpoint
 from utils.runs.log import RunLog
 from utils.runs.networks import network_config
-from utils.runs.session import count_parameters, describe, failures_noted, hold, refuse_changes, set_precision
 from utils.runs.training import Training
 
 
@@ -26,12 +25,14 @@ def main(argv=None):
     args = options.parse(argv)
     world = ranks.join(args.device)
     try:
-        set_precision(world.device, args.tf32)
+        session.set_precision(world.device, args.tf32)
         datasets = load_datasets(args)
         network = build(args, datasets, world)
         if args.evaluate:
-            return evaluate(network, datasets, args, world)
-        return train(network, datasets, args, world, argv)
+            evaluate(network, datasets, args, world)
+        else:
+            train(network, datasets, args, world, argv)
+        return 0
     finally:
         world.leave()
 
@@ -61,7 +62,6 @@ def evaluate(network, datasets, args, world):
     if world.is_main:
         accuracies = f"top-1 {score.acc1:.2f} %, top-5 {score.acc5:.2f} % of {score.images} images"
         print(f"{source}, after epoch {checkpoint.get('epoch')}: loss {score.loss:.4f}, {accuracies}")
-    return 0
 
 
 def train(network, datasets, args, world, argv):
@@ -72,11 +72,11 @@ def train(network, datasets, args, world, argv):
     if origin:
         args = replace(args, resume=origin[0], restart=origin[1])
     start = starting_point(network, args, folder) if args.resume and not origin else None
-    with hold(folder) if world.is_main else nullcontext():
+    with session.hold(folder) if world.is_main else nullcontext():
         last = take_over(folder, args, origin) if world.is_main else None
         world.from_main(None)  # the folder is ready
         log = RunLog(folder if world.is_main else None, not world.is_main, args.tensorboard)
-        with failures_noted(log):
+        with session.failures_noted(log):
             training = Training(network, datasets, args, world, log)
             if origin:
                 last = last or folder.checkpoint()
@@ -85,10 +85,9 @@ def train(network, datasets, args, world, argv):
             elif start and not args.restart:
                 training.state.restore(start)
             if world.is_main:
-                describe(folder, argv, stored_args(args, datasets), network)
-            introduce(training, args.resume if start else None)
+                session.describe(folder, argv, stored_args(args, datasets), network)
+                introduce(training, args.resume if start else None)
             training.run()
-    return 0
 
 
 def origin_of_run(folder, args):
@@ -102,7 +101,7 @@ def origin_of_run(folder, args):
     before = folder.args()
     if args.resume and os.path.realpath(args.resume) == os.path.realpath(folder.file("last")):
         args = replace(args, resume=before.resume, restart=before.restart)
-    refuse_changes(folder, "a run", options.TRAINING, before, args)
+    session.refuse_changes(folder, "a run", options.TRAINING, before, args)
     return before.resume, before.restart
 
 
@@ -133,16 +132,11 @@ def take_over(folder, args, origin):
 
 def introduce(training, resumed):
     """Says what will run, on what, and where. `resumed`: the checkpoint that a new run starts from, or None."""
-    args, world, datasets, state, say = (
-        training.args,
-        training.world,
-        training.datasets,
-        training.state,
-        training.log.say,
-    )
-    total, learned = count_parameters(training.network)
+    args, world, datasets = training.args, training.world, training.datasets
+    state, say = training.state, training.log.say
+    total, learned = session.count_parameters(training.network)
     precision = ["bfloat16 (autocast)" if args.amp else "float32"] + ["TF32"] * args.tf32 + ["compiled"] * args.compile
-    say(f"{training.log.where()}: {options.arch_name(args)}, {total:,} parameters, {learned:,} of them learned")
+    say(f"{training.log.folder.path}: {options.arch_name(args)}, {total:,} parameters, {learned:,} of them learned")
     images = f"{len(datasets.train)} images for training, {len(datasets.val)} for validation"
     steps = f"{state.steps} steps of {args.batch_size} images an epoch"
     say(f"{datasets.name}: {images}, {datasets.num_classes} classes, {steps}")

@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,13 +25,11 @@ from utils.data.datasets import load_datasets
 from utils.device import describe_device, pick_device
 from utils.errors import UserError, as_user_error, did_you_mean, run_main
 from utils.files import read_json
-from utils.runs import options, samples
+from utils.runs import options, samples, session
 from utils.runs.checkpoints import checkpoint_of, save
 from utils.runs.folder import RunFolder
 from utils.runs.log import RunLog
 from utils.runs.networks import load_network, network_config
-from utils.runs.samples import rainbow_accuracies, rainbow_layer, read_rows, row_of, write_rows
-from utils.runs.session import describe, failures_noted, hold, refuse_changes, set_precision
 
 TOLERANCE = 2.0  # percent, between machines and precisions
 
@@ -42,27 +41,26 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     args = options.parse_sampling(argv)
     device = pick_device(args.device)
-    set_precision(device)
+    session.set_precision(device)
     experiment, folder = find_experiment(args), RunFolder(args.checkpoints, args.dir)
     trained = load_network(experiment, args.epoch, device)
     checkpoint = partial(checkpoint_of, args=resized_args(trained, args.num_atoms), data=trained, epoch=0)
     sampler = prepare(args, trained.network, load_data(args, trained, experiment), device)
     check_accuracy(args, experiment, sampler)
     about = {"source": digest([sampler.trained]), "widths": sampler.widths}
-    with hold(folder):
+    with session.hold(folder):
         rows = known_rows(folder, args, about["source"])
         log = RunLog(folder)
-        with failures_noted(log):
+        with session.failures_noted(log):
             if rows is None:
                 start_over(folder, log, args)
-                describe(folder, argv, vars(args), sampler.trained, **about)
+            session.describe(folder, argv, vars(args), sampler.trained, **about)
             widths = " ".join(map(str, sampler.widths))
             log.say(f"{folder.path}: rainbow networks of {args.experiment}, {args.method}, widths {widths}")
             log.say(f"on {describe_device(device)}")
             rows = sample_all(folder, log, args, sampler, rows or [], checkpoint)
-            describe(folder, argv, vars(args), sampler.trained, **about)
             log.status("finished", args.num_repeats, args.num_repeats, *summary(rows))
-            layers = f"layers 1..{rainbow_layer(rows)} of {len(sampler.widths)}"
+            layers = f"layers 1..{samples.rainbow_layer(rows)} of {len(sampler.widths)}"
             log.say(f"{args.num_repeats} samples: {layers}: top-1 {summary(rows)[0]:.2f} % on average")
     return 0
 
@@ -71,7 +69,7 @@ def find_experiment(args):
     """The run to sample from. Raises UserError if it does not exist, or is not finished and no epoch is chosen."""
     source = RunFolder(args.checkpoints, args.experiment)
     if not (source.path / "args.json").is_file():
-        root = RunFolder(args.checkpoints, "x").path.parent
+        root = Path(args.checkpoints)
         names = sorted(path.parent.relative_to(root).as_posix() for path in root.glob("**/args.json"))
         raise UserError(f"--experiment {args.experiment}: no such run in {root}{did_you_mean(args.experiment, names)}")
     status = source.status()
@@ -100,10 +98,7 @@ def prepare(args, network, datasets, device):
     """The sampler of the trained network over its data."""
     sets = (datasets.train, datasets.val)
     train, test = (images.loader(args.batch_size, workers=args.workers, device=device) for images in sets)
-
-    def progress(batches, text):
-        return tqdm(batches, desc=text, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-
+    progress = partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     chosen = {"method": args.method, "widths": args.num_atoms, "align_on_test": args.align_test}
     return RainbowSampler(MeanNetwork.fit([network], train), train, test=test, progress=progress, **chosen)
 
@@ -154,19 +149,19 @@ def known_rows(folder, args, source):
     path = folder.path / "args.json"
     if args.overwrite or not path.exists():
         return None
-    before = read_json(path)
-    refuse_changes(folder, "samples", options.SAMPLING, options.SAMPLING.restore(before.get("args"), path), args)
+    before, command = read_json(path), options.SAMPLING
+    session.refuse_changes(folder, "samples", command, command.restore(before.get("args"), path), args)
     if before.get("source") != source:
         return None
-    return [row for row in read_rows(folder.path) if (folder.path / f"checkpoint_repeat{row['repeat']}.pt").exists()]
+    rows = samples.read_rows(folder.path)
+    return [row for row in rows if (folder.path / f"checkpoint_repeat{row['repeat']}.pt").exists()]
 
 
 def start_over(folder, log, args):
     """Removes older samples; their description goes first, so that nothing is taken for what it is not."""
     log.status("running", 0, args.num_repeats)
-    for name in ("args.json", "log.txt", samples.NAME):
-        (folder.path / name).unlink(missing_ok=True)
-    for path in folder.path.glob("checkpoint_repeat*.pt"):
+    names = ("args.json", "log.txt", samples.NAME)
+    for path in [*(folder.path / name for name in names), *folder.path.glob("checkpoint_repeat*.pt")]:
         path.unlink(missing_ok=True)
 
 
@@ -176,33 +171,28 @@ def sample_all(folder, log, args, sampler, rows, checkpoint):
     checkpoint: makes one of a network and its best accuracy.
     """
     done = {int(row["repeat"]) for row in rows}
+
+    def tell(accuracy):
+        layers = f"layers 1..{accuracy.layer} of {len(sampler.widths)}" if accuracy.layer else "trained network"
+        log.say(f"sample {repeat}: {layers}: top-1 {accuracy.acc1:.2f} %, top-5 {accuracy.acc5:.2f} %")
+
     for repeat in range(args.num_repeats):
         if repeat in done:
             log.say(f"sample {repeat}: exists already")
             continue
         log.status("running", repeat, args.num_repeats, *summary(rows))
-        sample = sampler.sample(sample_seed(args.seed, repeat), partial(tell, log, sampler, repeat))
+        seed = int(np.random.SeedSequence((args.seed, repeat)).generate_state(1)[0])
+        sample = sampler.sample(seed, tell)
         acc1 = sample.accuracies[-1].acc1
         save(folder.path / f"checkpoint_repeat{repeat}.pt", checkpoint(sample.network, best_acc1=acc1))
-        rows += [row_of(repeat, accuracy) for accuracy in sample.accuracies]
-        write_rows(folder.path, rows)
+        rows += [samples.row_of(repeat, accuracy) for accuracy in sample.accuracies]
+        samples.write_rows(folder.path, rows)
     return [row for row in rows if int(row["repeat"]) < args.num_repeats]
-
-
-def sample_seed(seed, repeat):
-    """The seed of one of the samples."""
-    return int(np.random.SeedSequence((seed, repeat)).generate_state(1)[0])
-
-
-def tell(log, sampler, repeat, accuracy):
-    """Says how far a sample is."""
-    what = "trained network" if accuracy.layer == 0 else f"layers 1..{accuracy.layer} of {len(sampler.widths)}"
-    log.say(f"sample {repeat}: {what}: top-1 {accuracy.acc1:.2f} %, top-5 {accuracy.acc5:.2f} %")
 
 
 def summary(rows):
     """Average and best top-1 accuracy of the paper's rainbow networks among the samples, None for none."""
-    found = rainbow_accuracies(rows)
+    found = samples.rainbow_accuracies(rows)
     return (sum(found) / len(found), max(found)) if found else (None, None)
 
 

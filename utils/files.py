@@ -1,5 +1,6 @@
 """Small files: written beside their place and renamed into it, read without surprises."""
 
+import contextlib
 import csv
 import io
 import json
@@ -9,6 +10,15 @@ from pathlib import Path
 from utils.errors import UserError, WriteError
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Turns an OSError into a WriteError that names what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"could not write {path}: {error.strerror or error}") from error
+
+
 def atomic_write(path, write, previous=None):
     """Calls `write(file)` on a binary file beside `path`, then renames it to `path`, what was there to `previous`.
 
@@ -16,17 +26,18 @@ def atomic_write(path, write, previous=None):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(f"could not write {path}: {error.strerror or error}") from error
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_csv(path, columns, rows):

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -30,9 +31,11 @@ def load(path):
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with open(path, "rb") as file:
-            _verify_checksums(file)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch's files have a CRC-32 for each part, which torch itself does not verify
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of its part {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused: not only tensors and plain values") from error
     except Exception as error:  # whatever a damaged file makes its readers raise
@@ -43,21 +46,9 @@ def load(path):
     return checkpoint
 
 
-def _verify_checksums(file):
-    """torch's files are zip archives with a CRC-32 for each part, which torch itself does not verify."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of its part {damaged}")
-    file.seek(0)
-
-
 def is_saved_epoch(epoch):
     """Whether the checkpoint after `epoch` epochs is kept: 0, 1, 2, 5, 10, 20, 50, 100, …"""
-    while epoch >= 10 and epoch % 10 == 0:
-        epoch //= 10
-    return epoch in (0, 1, 2, 5)
+    return bool(re.fullmatch("0|[125]0*", str(epoch)))
 
 
 def stored_args(args, data):
@@ -85,19 +76,23 @@ def load_weights(network, state_dict, source):
     """
     if is_original(state_dict):
         state_dict = convert_original(state_dict, network, source)
-    own = network.state_dict()
-    problems = [f"missing key {name!r}" for name in sorted(own.keys() - state_dict.keys())]
-    problems += [f"unexpected key {name!r}" for name in sorted(state_dict.keys() - own.keys())]
-    for name in own.keys() & state_dict.keys():
-        tensor, expected = state_dict[name], own[name]
-        if not torch.is_tensor(tensor) or tensor.shape != expected.shape:
-            problems.append(f"{name} is {_shape(tensor)}, expected {_shape(expected)}")
-        elif tensor.is_complex() != expected.is_complex():
-            problems.append(f"{name} is real in one and complex in the other")
-    if problems:
-        raise UserError(f"{source}: weights of another network ({problems[0]})")
+    for problem in _misfits(state_dict, network.state_dict()):
+        raise UserError(f"{source}: weights of another network ({problem})")
     network.load_state_dict(state_dict)
 
 
+def _misfits(found, expected):
+    """What does not fit between two state dicts, in words."""
+    yield from (f"missing key {name!r}" for name in sorted(expected.keys() - found.keys()))
+    yield from (f"unexpected key {name!r}" for name in sorted(found.keys() - expected.keys()))
+    for name in expected.keys() & found.keys():
+        shape, right = _shape(found[name]), _shape(expected[name])
+        if shape != right:
+            yield f"{name} is {shape}, expected {right}"
+
+
 def _shape(tensor):
-    return "×".join(map(str, tensor.shape)) or "a number" if torch.is_tensor(tensor) else "not a tensor"
+    """The size and kind of numbers of a tensor in words, such as 3×4 or 3×4 complex."""
+    if not torch.is_tensor(tensor):
+        return "not a tensor"
+    return ("×".join(map(str, tensor.shape)) or "a number") + " complex" * tensor.is_complex()

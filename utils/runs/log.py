@@ -9,7 +9,7 @@ import time
 from tqdm import tqdm
 
 from utils.errors import UserError, WriteError
-from utils.files import write_csv, write_json
+from utils.files import write_csv, write_json, writing
 
 COLUMNS = "epoch train_loss train_acc1 train_acc5 val_loss val_acc1 val_acc5 lr images_per_second".split()
 
@@ -22,28 +22,25 @@ class RunLog:
 
     def __init__(self, folder=None, silent=False, tensorboard=False):
         self.folder, self.silent = folder, silent
-        self.curves = _summary_writer(folder) if tensorboard and folder is not None else None
-
-    def where(self):
-        """The folder's path, or words for none."""
-        return "no folder" if self.folder is None else str(self.folder.path)
+        self.curves = None
+        if tensorboard and folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+            self.curves = SummaryWriter(folder.path / "tensorboard")
 
     def say(self, text):
         """Prints a line, and adds it to log.txt."""
         if self.silent:
             return
-        try:
+        with writing("to the standard output"):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-        except OSError as error:
-            raise WriteError(f"could not write to the standard output: {error.strerror}") from error
         if self.folder is not None:
             path = self.folder.path / "log.txt"
-            try:
-                with open(path, "a") as file:
-                    file.write(text + "\n")
-            except OSError as error:
-                raise WriteError(f"could not write {path}: {error.strerror}") from error
+            with writing(path), open(path, "a") as file:
+                file.write(text + "\n")
 
     def bar(self, steps, done, title):
         """A progress bar on a terminal, disabled elsewhere."""
@@ -77,11 +74,3 @@ class RunLog:
         with contextlib.suppress(UserError, WriteError):
             known = self.folder.status()
             self.status("failed", *map(known.get, ("epoch", "epochs", "acc1", "best_acc1")), message)
-
-
-def _summary_writer(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(folder.path / "tensorboard")

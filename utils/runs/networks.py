@@ -29,14 +29,8 @@ def network_config(args, signal, num_classes):
     """
     with as_user_error():
         if is_standard(args):
-            return StandardConfig(
-                name=args.arch,
-                num_classes=num_classes,
-                input=signal,
-                bias=not args.standard_no_bias,
-                classifier_bias=not args.standard_classifier_no_bias,
-                **_values(StandardConfig, STANDARD, args),
-            )
+            biases = {"bias": not args.standard_no_bias, "classifier_bias": not args.standard_classifier_no_bias}
+            return StandardConfig(args.arch, num_classes, signal, **biases, **_values(StandardConfig, STANDARD, args))
         blocks = tuple(_block_config(args, index, arch) for index, arch in enumerate(block_archs(args)))
         regularization = "parseval" if args.pars_reg else "quadrature" if args.quadrature_reg else None
         more = _values(ScatNetConfig, BLOCKS, args)
@@ -107,10 +101,8 @@ def load_network(folder, epoch=None, device="cpu"):
 
     `folder` is a RunFolder, or the path of a checkpoint. Raises UserError for anything missing, damaged or foreign.
     """
-    if isinstance(folder, RunFolder):
-        checkpoint, source = folder.checkpoint(epoch), folder.file(epoch)
-    else:
-        checkpoint, source = load(folder), folder
+    is_run = isinstance(folder, RunFolder)
+    checkpoint, source = (folder.checkpoint(epoch), folder.file(epoch)) if is_run else (load(folder), folder)
     stored, state_dict = checkpoint.get("args"), checkpoint["state_dict"]
     args = TRAINING.restore(stored, source)
     try:
@@ -128,14 +120,9 @@ def _stored_config(args, signal, num_classes, state_dict):
     """The configuration of a network whose weights are known: it needs none of the files it started from."""
     args = replace(args, standard_pretrained=False, **dict.fromkeys(_MATRICES, [None] * args.n_blocks))
     config = network_config(args, signal, num_classes)
-    bases = {index: state_dict[name] for name in state_dict if (index := _block_of_basis(name)) is not None}
+    matches = (re.fullmatch(r"blocks\.(\d+)\..*\.basis", name) for name in state_dict)
+    bases = {int(match[1]): state_dict[match[0]] for match in matches if match}
     if not bases:
         return config
     blocks = tuple(replace(block, projection_basis=bases.get(i)) for i, block in enumerate(config.blocks))
     return replace(config, blocks=blocks)
-
-
-def _block_of_basis(name):
-    """The index of the block whose fixed projection has this name; None for other weights."""
-    match = re.fullmatch(r"blocks\.(\d+)\..*\.basis", name)
-    return int(match[1]) if match else None

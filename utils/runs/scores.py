@@ -19,10 +19,9 @@ class Tally:
     """Loss and hits of every step of an epoch, on the device until they are asked for."""
 
     def __init__(self, steps, device, rows=None):
-        steps = max(steps, 0 if rows is None else len(rows))
         self.rows = torch.zeros(steps, 4, device=device)  # sum of losses, top-1 hits, top-5 hits, images
         if rows is not None:
-            self.rows[: len(rows)] = rows.to(device)
+            self.rows = torch.cat([rows.to(device), self.rows[len(rows) :]])
 
     @torch.no_grad()
     def add(self, step, logits, labels, loss):
@@ -72,10 +71,9 @@ class History:
     def line(self, epochs):
         """The last epoch of `epochs` in words."""
         row = self.rows[-1]
-        trained = row["train_loss"] is not None
-        parts = [f"epoch {row['epoch']}/{epochs}"]
-        parts += [f"train loss {row['train_loss']:.4f} acc1 {row['train_acc1']:.2f}"] if trained else []
-        parts += [f"val loss {row['val_loss']:.4f} acc1 {row['val_acc1']:.2f} acc5 {row['val_acc5']:.2f}"]
-        parts[-1] += f" (best {self.best_acc1:.2f})"
-        parts += [f"lr {row['lr']:g}  {row['images_per_second']:.0f} images/s"] if trained else []
-        return "  ".join(parts)
+        train = speed = ""
+        if row["train_loss"] is not None:
+            train = f"train loss {row['train_loss']:.4f} acc1 {row['train_acc1']:.2f}  "
+            speed = f"  lr {row['lr']:g}  {row['images_per_second']:.0f} images/s"
+        val = f"val loss {row['val_loss']:.4f} acc1 {row['val_acc1']:.2f} acc5 {row['val_acc5']:.2f}"
+        return f"epoch {row['epoch']}/{epochs}  {train}{val} (best {self.best_acc1:.2f}){speed}"
