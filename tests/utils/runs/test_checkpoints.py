@@ -79,7 +79,7 @@ OTHERS = [(lambda path: torch.save([1, 2], path), "no state_dict"), (os.remove, 
 def test_what_is_no_whole_checkpoint_is_refused(tmp_path, write, says):
     save(tmp_path / "file.pt", checkpoint(3))
     write(tmp_path / "file.pt")
-    with pytest.raises(UserError, match=rf"file\.pt: ({says})"):
+    with pytest.raises(UserError, match=rf"file\.pt: .*({says})"):
         load(tmp_path / "file.pt")
 
 
