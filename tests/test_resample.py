@@ -144,13 +144,13 @@ def test_samples_of_a_retrained_network_are_stale(root, tmp_path):
     assert contents(tmp_path / "resamplings" / "resample-altered") != first
 
 
-@pytest.mark.parametrize("moment", ["save", "write_rows"])
+@pytest.mark.parametrize("moment", ["resample.save", "utils.runs.samples.write_rows"])
 def test_an_interrupted_run_equals_an_uninterrupted_one(root, sampled, monkeypatch, moment):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(resample, moment, interrupted)
+        patch.setattr(moment, interrupted)
         run(root, "width1", "--num-repeats", 3, "--dir", moment)
     run(root, "width1", "--num-repeats", 3, "--dir", moment)
     assert contents(root / moment) == contents(sampled / "resample-width1")
