@@ -46,7 +46,8 @@ def build(args, data, world):
     if not world.is_main:
         torch.manual_seed(args.seed + world.rank)
     network = network.to(world.device)
-    return network.to(memory_format=torch.channels_last) if options.is_standard(args) else network
+    channels_last = options.is_standard(args) and world.device.type == "cuda"
+    return network.to(memory_format=torch.channels_last) if channels_last else network
 
 
 def evaluate(network, datasets, args, world):

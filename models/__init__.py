@@ -13,8 +13,11 @@ def build(config):
 
         return ScatNet(config)
     from models.resnet import RESNETS, ResNet
+    from models.standard import contiguous
     from models.torchvision_networks import torchvision_network
     from models.vgg import VGG, VGGS
 
     make = ResNet if config.name in RESNETS else VGG if config.name in VGGS else torchvision_network
-    return make(config)
+    network = make(config)
+    network.register_forward_pre_hook(contiguous)
+    return network

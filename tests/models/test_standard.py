@@ -84,6 +84,18 @@ def test_order_of_batch_norm_and_non_linearity(config, order):
     assert all(low >= 0 for low in seen) if order == "post" else all(low < 0 for low in seen)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("config", [TINY, replace(TINY, name="resnet50-custom"), VGG_TINY])
+def test_on_a_cpu_channels_never_lie_last_in_memory(config, channels):
+    """There a convolution of few channels may end the process in its backward pass, whatever images are given."""
+    network, seen = build(replace(config, input=Signal(channels, 32, 32))), []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, y: seen.extend([*inputs, y]))
+    network(torch.randn(2, channels, 32, 32).to(memory_format=torch.channels_last)).sum().backward()
+    assert all(x.stride(1) == x.shape[2] * x.shape[3] for x in seen)
+
+
 AT_THE_START = {  # the function, and the numbers it learns
     "relu": (torch.relu, set()),
     "abs": (torch.abs, set()),

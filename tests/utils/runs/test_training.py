@@ -23,7 +23,7 @@ from utils.errors import DivergedError, StoppedError, WriteError
 from utils.runs import options, session, training
 from utils.runs.checkpoints import load
 from utils.runs.folder import RunFolder
-from utils.runs.networks import Trained, network_config
+from utils.runs.networks import network_config
 from utils.runs.ranks import World
 from utils.runs.scores import Score, Tally
 from utils.runs.state import make_optimizer
@@ -243,11 +243,11 @@ def test_bfloat16_learns_and_keeps_weights_and_statistics_in_float32(network):
     assert all(value.dtype == torch.float32 for key, value in last["state_dict"].items() if "num_batches" not in key)
 
 
-def test_weights_of_standard_networks_are_channels_last():
-    args = options.parse(command("vgg", "run"), {})
-    network = main_block.build(args, Trained(None, args, Signal(1, 32, 32), 10), World(torch.device("cpu")))
-    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1]
-    assert convolutions and all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convolutions)
+@pytest.mark.parametrize("more", ["", "--amp", "--standard-batch-norm none --lr 1e-5"])
+def test_a_narrow_resnet_does_a_step_on_large_images(more):
+    """With channels last in memory, 1×1 convolutions of stride 2 with 8 channels end the process on AVX-512."""
+    argv = "--digits --data-subset 0:1 --arch resnet18-custom --standard-width-scaling 0.125 --resize-images 224"
+    assert main_block.main(f"{argv} --epochs 1 --device cpu --dir run {more}".split()) == 0
 
 
 def test_a_compiled_network_trains_the_same_weights_under_the_same_names(monkeypatch):
