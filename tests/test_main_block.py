@@ -46,9 +46,6 @@ def status_of(argv):
     return ended.value.code
 
 
-# Mistakes
-
-
 @pytest.mark.parametrize(
     "network, more, says",
     [
@@ -86,11 +83,20 @@ def test_every_mistake_is_one_line_and_leaves_nothing(capsys, monkeypatch, netwo
     assert sorted(Path().rglob("*")) == before
 
 
-def test_mistakes_at_the_command_line_have_no_usage_dump():
-    argv = [sys.executable, ROOT / "main_block.py", *"--digits -a Fw --lr fast".split()]
-    ended = subprocess.run(argv, capture_output=True, text=True, env=ONE_THREAD)
-    problem = "argument --lr/--learning-rate: 'fast' is not a number of at least 0 (--help lists all options)"
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"main_block.py: error: {problem}\n")
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        (
+            "main_block.py --digits -a Fw --lr fast",
+            "argument --lr/--learning-rate: 'fast' is not a number of at least 0 (--help lists all options)",
+        ),
+        ("resample.py --experiment run", "--experiment run: no such run in checkpoints; known: none"),
+    ],
+)
+def test_mistakes_at_the_command_line_have_no_usage_dump(line, problem):
+    script, *argv = line.split()
+    ended = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True, env=ONE_THREAD)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"{script}: error: {problem}\n")
 
 
 def test_devices_are_picked_by_name(monkeypatch):
@@ -100,9 +106,6 @@ def test_devices_are_picked_by_name(monkeypatch):
     with pytest.raises(UserError, match="2 GPU"):
         device.pick_device("cuda:2")
     assert device.pick_device("cpu").type == "cpu"
-
-
-# A folder's life
 
 
 def test_a_run_without_a_name_gets_one_and_a_finished_one_is_left_alone(capsys):
@@ -179,9 +182,6 @@ def test_checkpoints_of_the_original_are_evaluated_on_images_of_their_kind(capsy
     assert says in "".join(capsys.readouterr())
 
 
-# Kills
-
-
 @pytest.fixture(scope="module")
 def started():
     """`with started(argv, environ) as program:` is the program at work in the working directory, with one thread."""
@@ -223,9 +223,6 @@ def test_a_signal_ends_the_program_with_a_checkpoint_one_line_and_its_status(sta
     folder = RunFolder("checkpoints", "run")
     assert folder.status()["state"] == "stopped" and not (folder.path / "lock").exists()
     assert program.last_line.endswith("state saved; rerun the same command to resume")
-
-
-# Several processes
 
 
 def run_ranks(started, size, argv):

@@ -52,15 +52,8 @@ def at_call(monkeypatch):
     return arrange
 
 
-def terminate(*_, signum=signal.SIGTERM):
-    os.kill(os.getpid(), signum)
-
-
-def interrupt(*_):
-    terminate(signum=signal.SIGINT)
-
-
-# Exactness
+def terminate(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -125,9 +118,6 @@ def test_frozen_projections_stay_and_the_classifier_learns():
     assert not torch.equal(start["blocks.1.body.Std.mean"], end["blocks.1.body.Std.mean"])
 
 
-# What is measured and written
-
-
 def test_the_tally_is_the_mean_over_images_and_finds_the_first_bad_step():
     logits, labels = torch.randn(3, 20, 7), torch.randint(7, (3, 20))
     tally, world = Tally(3, torch.device("cpu")), World(torch.device("cpu"))
@@ -182,19 +172,15 @@ def test_curves_for_tensorboard():
     assert list(RunFolder("checkpoints", "run").path.glob("tensorboard/events*"))
 
 
-# Ends
-
-
 def test_ctrl_c_ends_with_130_and_a_second_one_at_once(at_call):
-    at_call(3, "train_step", interrupt)
+    at_call(3, "train_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(StoppedError, match="step 3 of 4") as stopped:
         train("norm", "run")
     assert stopped.value.exit_status == 130
     assert RunFolder("checkpoints", "run").status()["state"] == "stopped"
-    request = training.StopRequest()
-    with request, pytest.raises(KeyboardInterrupt):
+    with training.StopRequest(), pytest.raises(KeyboardInterrupt):
         for _ in range(2):
-            interrupt()
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("print_freq", [1, 1000])
@@ -227,13 +213,9 @@ def test_every_file_may_fail_to_be_written_once(monkeypatch, file):
         train("norm", "run")
     assert error.value.exit_status == 4
     monkeypatch.setattr(os, "replace", replace)
-    folder = RunFolder("checkpoints", "run")
-    for path in folder.path.iterdir():
+    for path in Path("checkpoints/run").iterdir():
         (json.loads(path.read_text()) if path.suffix == ".json" else path.suffix != ".pt" or load(path))
     assert is_same(train("norm", "run"), whole)
-
-
-# Speed and precision
 
 
 @pytest.mark.parametrize("network", ["norm", "vgg"])
