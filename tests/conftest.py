@@ -12,3 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def seed():
     """Random numbers do not depend on which tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)

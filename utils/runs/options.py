@@ -226,10 +226,8 @@ def arch_name(args):
 def block_archs(args):
     """The list of modules of each block."""
     archs = [args.arch] * args.n_blocks
-    if args.first_arch:
-        archs[0] = args.first_arch
-    if args.last_arch:
-        archs[-1] = args.last_arch
+    archs[0] = args.first_arch or archs[0]
+    archs[-1] = args.last_arch or archs[-1]
     return archs
 
 
@@ -249,8 +247,7 @@ def size_option(module):
 
 
 def _refuse_foreign(given):
-    arch = given["arch"]
-    standard = isinstance(arch, str)
+    arch, standard = given["arch"], isinstance(given["arch"], str)
     foreign = BLOCKS if standard else STANDARD
     for field, value in given.items():
         option = TRAINING.by_field[field]

@@ -85,23 +85,16 @@ def shared(network, world):
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SharedBatchNorm2d
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for this argument
-        _average_complex(network)
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-
-
-def _average_complex(network):
-    """Averages the gradients of complex weights over all ranks here: some versions of torch's gloo know reals only.
-
-    DistributedDataParallel, made after this, leaves complex tensors alone; all ranks have the same.
-    """
+    # Gradients of complex weights are averaged here: some versions of torch's gloo know reals only.
     tensors = [*network.named_parameters(), *network.named_buffers()]
     names = [name for name, tensor in tensors if tensor.is_complex()]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
     for parameter in network.parameters():
         if parameter.is_complex() and parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average_gradient)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for this argument
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def _average_gradient(parameter):

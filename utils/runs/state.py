@@ -44,7 +44,11 @@ class State:
             return
         self.history.rows = list(checkpoint["history"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        _set_random_state(checkpoint["random"], self.world)
+        random = checkpoint["random"]
+        if self.world.is_main:
+            torch.set_rng_state(random["cpu"])
+        if self.world.is_main and "cuda" in random and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.world.device)
         if checkpoint["args"]["batch_size"] == self.args.batch_size:
             self.step = int(checkpoint["step"])
             rows = checkpoint["tally"]
@@ -59,10 +63,12 @@ class State:
         rows = self.tally.rows[: self.step].clone()
         if self.step:
             self.world.sum(rows)
+        device = self.world.device
+        cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
         return {
             **self.plain(),
             "optimizer": self.optimizer.state_dict(),
-            "random": _random_state(self.world.device),
+            "random": {"cpu": torch.get_rng_state(), **cuda},
             "step": self.step,
             "tally": rows.cpu(),
             "history": self.history.rows,
@@ -86,18 +92,3 @@ def make_optimizer(network, args):
     else:
         groups = [{"params": [p for p in network.parameters() if p.requires_grad], "weight_decay": args.weight_decay}]
     return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, foreach=True)
-
-
-def _random_state(device):
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state, world):
-    if not world.is_main:
-        return
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and world.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], world.device)

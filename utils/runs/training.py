@@ -53,7 +53,10 @@ class Training:
     def __init__(self, network, datasets, args, world, log):
         self.network, self.datasets, self.args, self.world, self.log = network, datasets, args, world, log
         self.state = State(network, datasets, args, world)
-        self.forward, self.forward_alone = _callables(network, args, world)
+        self.forward, self.forward_alone = shared(network, world), network  # by all ranks together, and alone
+        if args.compile:
+            exclude_from_compilation(network)
+            self.forward, self.forward_alone = torch.compile(self.forward), torch.compile(network)
         self.stop = StopRequest()
 
     def run(self):
@@ -96,18 +99,14 @@ class Training:
             logits = self.forward(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         self.state.optimizer.zero_grad(set_to_none=True)
-        (loss * self._weight(len(labels))).backward()
+        # DistributedDataParallel averages over ranks: a rank's part of the mean is its sum of losses times size / batch
+        left = len(self.datasets.train) - self.state.step * self.args.batch_size
+        batch = len(labels) if self.world.size == 1 else min(self.args.batch_size, left)
+        (loss * (self.world.size / batch)).backward()
         self.state.optimizer.step()
         if hasattr(self.network, "after_step"):
             self.network.after_step()
         return logits.detach(), labels, loss.detach()
-
-    def _weight(self, count):
-        """The factor from this rank's sum of losses to its part of the mean, as DistributedDataParallel averages it."""
-        if self.world.size == 1:
-            return 1 / count
-        left = len(self.datasets.train) - self.state.step * self.args.batch_size
-        return self.world.size / min(self.args.batch_size, left)
 
     def validate(self):
         """The Score on the validation set. Raises DivergedError; StoppedError as `run`."""
@@ -190,12 +189,3 @@ class Training:
     def _status(self, status, message=""):
         history = self.state.history
         self.log.status(status, self.state.epoch, self.args.epochs, history.acc1, history.best_acc1, message)
-
-
-def _callables(network, args, world):
-    """The network as it is called in training, by all ranks together, and alone."""
-    together = shared(network, world)
-    if not args.compile:
-        return together, network
-    exclude_from_compilation(network)
-    return torch.compile(together), torch.compile(network)

@@ -172,8 +172,7 @@ def test_a_slurm_array_gives_every_task_its_name_and_seed():
 
 
 def test_names_that_are_made_up_are_unique():
-    args = parse(NORM)
-    made_up = {options.made_up_name(args, {"SLURM_ARRAY_TASK_ID": "3"}) for _ in range(100)}
+    made_up = {options.made_up_name(parse(NORM), {"SLURM_ARRAY_TASK_ID": "3"}) for _ in range(100)}
     assert len(made_up) == 100
     assert all(name.startswith("digits-Fw-Std-Pr-N-") and name.endswith("-init3") for name in made_up)
 

@@ -29,10 +29,7 @@ from utils.runs.scores import Score, Tally
 from utils.runs.state import make_optimizer
 from utils.runs.training import Training
 
-
-@pytest.fixture(autouse=True)
-def folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("folder_of_its_own")
 
 
 @pytest.fixture
