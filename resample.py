@@ -196,11 +196,6 @@ def summary(rows):
     return (sum(found) / len(found), max(found)) if found else (None, None)
 
 
-def show_warning(message, category, filename, lineno, file=None, line=None):
-    """A warning in one line."""
-    print(f"resample.py: warning: {message}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    warnings.showwarning = show_warning
+    warnings.formatwarning = lambda message, *_: f"resample.py: warning: {message}\n"
     run_main(main)

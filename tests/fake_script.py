@@ -28,9 +28,9 @@ def main(argv):
     is_sampling = "--experiment" in sys.argv
     args = vars(options.parse_sampling() if is_sampling else options.parse())
     root = Path(args["checkpoints"])
-    for need in (f"{args['experiment']}/last.pt" if is_sampling else args["resume"],):
-        if need and not (root / need).exists():
-            raise UserError(f"{need} does not exist")
+    need = f"{args['experiment']}/last.pt" if is_sampling else args["resume"]
+    if need and not (root / need).exists():
+        raise UserError(f"{need} does not exist")
     folder = root / args["dir"]
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "lock"):

@@ -29,13 +29,6 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 pytestmark = pytest.mark.usefixtures("folder_of_its_own")
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def status_of(argv):
     with pytest.raises(SystemExit) as ended:
         run_main(main_block.main, argv)

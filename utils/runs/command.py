@@ -4,6 +4,7 @@ block and the definition of "the same run" follow. Imports no torch."""
 import argparse
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 
@@ -73,23 +74,19 @@ class Option:
         if self.shortcuts:
             group = group.add_mutually_exclusive_group()
         is_shown = self.default not in (None, []) and self.default is not False
-        group.add_argument(
-            *names,
-            dest=self.field,
-            type=self.type,
-            choices=self.choices or None,
-            nargs="+" if self.many or self.per_block else None,
-            metavar=self.metavar,
-            required=self.required,
-            help=self.help + f" (default {1 if self.default is True else self.default})" * is_shown,
-        )
+        text = self.help + f" (default {1 if self.default is True else self.default})" * is_shown
+        more = {"nargs": "+" if self.many or self.per_block else None, "choices": self.choices or None, "help": text}
+        fixed = {"dest": self.field, "type": self.type, "metavar": self.metavar, "required": self.required}
+        group.add_argument(*names, **fixed, **more)
         for name in self.shortcuts:
             group.add_argument(f"--{name}", **constant, const=name, help=f"{self.flag} {name}")
 
-    def in_full(self, values, blocks):
-        """The list of a per-block option, one value per block. Raises UserError."""
-        if values is None:
-            return [self.default] * blocks
+    def resolved(self, given, blocks):
+        """Its value among those `given`, or the default; a list with a value per block is in full. Raises UserError."""
+        values = given.get(self.field, None if self.per_block else self.default)
+        if not self.per_block:
+            return values
+        values = [self.default] if values is None else values
         if len(values) == 1:
             return values * blocks
         if self.short and len(values) < blocks:
@@ -143,11 +140,10 @@ class CommandLine:
         """The argparse parser; it yields only what is given."""
         defaults = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
         top = Parser(self.program, self.usage, self.description, **defaults)
-        groups = {}
-        for option in self.options:
-            if option.group not in groups:
-                groups[option.group] = top.add_argument_group(option.group.title, option.group.note)
-            option.add_to(groups[option.group])
+        for group, options in itertools.groupby(self.options, key=lambda option: option.group):
+            place = top.add_argument_group(group.title, group.note)
+            for option in options:
+                option.add_to(place)
         return top
 
     def given(self, argv=None):
@@ -162,11 +158,7 @@ class CommandLine:
         blocks = values.get("n_blocks", 1)
         if not isinstance(blocks, int) or not 1 <= blocks <= MOST_BLOCKS:
             raise UserError(f"--n-blocks {blocks}: should be an integer from 1 to {MOST_BLOCKS}")
-        resolved = {field: values.get(field, option.default) for field, option in self.by_field.items()}
-        for field, option in self.by_field.items():
-            if option.per_block:
-                resolved[field] = option.in_full(values.get(field), blocks)
-        return self.record(**resolved)
+        return self.record(**{field: option.resolved(values, blocks) for field, option in self.by_field.items()})
 
     def restore(self, values, source):
         """The arguments stored in the file `source`; options that are newer have their defaults. Raises UserError."""
