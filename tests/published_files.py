@@ -78,14 +78,14 @@ def write_mnist(data_dir, count=30):
     return parts
 
 
-def write_imagenet32(folder, per_file=4, pickled=pickle.dumps):
-    """The labels in the files, and those returned, count from 1."""
+def write_imagenet32(folder, per_file=4, pickled=pickle.dumps, **others):
+    """The labels in the files, and those returned, count from 1; `others` are files with other bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for i, name in enumerate([f"train_data_batch_{b}" for b in range(1, 11)] + ["val_data"]):
         images, labels = random_images(per_file, 32, seed=i), np.arange(per_file) + 1 + 90 * i
         content = {"data": to_rows(images), "labels": labels.tolist(), "mean": to_rows(images).mean(0)}
-        (folder / name).write_bytes(pickled(content))
+        (folder / name).write_bytes(others.get(name, pickled(content)))
         parts.append((images, labels))
     return tuple(map(np.concatenate, zip(*parts[:10]))), parts[10]
 

@@ -49,7 +49,7 @@ def status_of(argv):
         ("norm", "--resume other.pt --restart", "other.pt: weights of another network"),
         ("norm", "--dir ../x", "must stay inside checkpoints"),
         ("norm", "--dir file/x", "file/x: cannot be written"),
-        ("norm", "--device cuda", "no usable CUDA GPU"),
+        ("norm", "--device cuda", "no usable CUDA device"),
         ("norm", "--device tpu", "--device tpu"),
         ("norm", "--tf32", "--tf32 requires a CUDA GPU"),
         ("norm", "--dataset mnist", "not allowed with"),

@@ -10,22 +10,24 @@ def pick_device(name="auto"):
 
     Raises UserError where the device is unknown or absent.
     """
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(kind for kind, count in counts.items() if count)
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: no such device; auto, cpu, cuda, cuda:N or mps") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: not supported; auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise UserError(f"--device {name}: this machine has no usable CUDA GPU; --device cpu or auto")
-        if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: this machine has {count} GPU(s), numbered from 0")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: this machine has no usable MPS device; --device cpu or auto")
+        count = counts[device.type]
+    except (RuntimeError, KeyError):
+        raise UserError(f"--device {name}: no such device; auto, cpu, cuda, cuda:N or mps") from None
+    if not count:
+        raise UserError(
+            f"--device {name}: this machine has no usable {device.type.upper()} device; --device cpu or auto"
+        )
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name}: this machine has {count}, numbered from 0")
     return device
 
 

@@ -11,11 +11,8 @@ from tests.soak.programs import Program, assert_readable, assert_same, content, 
 @pytest.mark.parametrize("script", ["main_block.py", "resample.py"])
 def test_the_second_is_refused_and_told_who_is_first(script, trained, tmp_path, record_property):
     root = copy(trained, tmp_path / "root")
-    sampling_long, training_long = (
-        sampling(root, "--num-repeats", "9999"),
-        training(root, "--epochs", "9999", name="long"),
-    )
-    command = training_long if script == "main_block.py" else sampling_long
+    trains = script == "main_block.py"
+    command = training(root, "--epochs", "9999", name="long") if trains else sampling(root, "--num-repeats", "9999")
     with Program(command) as holder:
         wait_for(lambda: any(root.rglob("long/epoch_1.pt")) or any(root.rglob("checkpoint_repeat0.pt")))
         for _ in range(3):
