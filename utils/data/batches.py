@@ -5,6 +5,8 @@ any number of workers or processes, as if it had never stopped.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -77,10 +79,19 @@ class Loader:
 
 
 class ImageSet:
-    """A set of images: `labels` (n,) int64 in 0..num_classes−1, `image_shape` (C, M, N), `batches` of a `Loader`."""
+    """A set of images: `labels` (n,) int64 in 0..num_classes−1, `image_shape` (C, M, N), `batches` of a `Loader`;
+    `content`, the array of their names or pixels."""
 
     def __len__(self):
         return len(self.labels)
+
+    @cached_property
+    def digest(self):
+        """Which images and labels these are, in what order: their number and a hash, the same on every machine."""
+        found = sha256(f"{self.num_classes} {self.content.shape}".encode())
+        for array in (self.labels.numpy(), self.content):
+            found.update(np.ascontiguousarray(array).data.cast("B"))
+        return f"{len(self)} images, {found.hexdigest()[:16]}"
 
     def loader(self, batch_size, **options):
         """A `Loader` of these images."""

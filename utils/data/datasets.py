@@ -25,6 +25,11 @@ class Datasets:
     signal: Signal
     name: str
 
+    @property
+    def digest(self):
+        """Which data these are, for checkpoints: the digests of both sets by name."""
+        return {"train": self.train.digest, "val": self.val.digest}
+
 
 def load_datasets(args) -> Datasets:
     """The data of the resolved arguments `args`: dataset, data, data_dir, grayscale, data_subset, classes_subset,
@@ -50,7 +55,8 @@ def _converted(sets, args):
     if args.grayscale and sets[0].image_shape[0] == 3:
         sets = [replace(each, images=_in_chunks(_to_gray, each.images), normalization=GRAY) for each in sets]
     if args.resize_images is not None:
-        sets = [replace(each, images=_resized(each.images, args.resize_images)) for each in sets]
+        size = args.resize_images
+        sets = [replace(each, images=_resized(each.images, size), original=each.images) for each in sets]
     return _standardized(*sets) if args.dataset == "digits" else sets
 
 

@@ -75,6 +75,10 @@ class FolderSet(ImageSet):
         """(C, M, N)"""
         return len(self.mode), self.size, self.size
 
+    @property
+    def content(self):
+        return self.names.view(np.uint8).reshape(len(self), -1)
+
     def path(self, index):
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 

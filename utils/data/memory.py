@@ -34,7 +34,8 @@ class MemorySet(ImageSet):
     """Images in memory: `images` (n, M, N, C) uint8, `labels` (n,) int64 in 0..num_classes−1.
 
     With a `padding`, augmented batches are cropped from images with that many zero pixels around them (before
-    normalisation) and mirrored with probability 1/2; without, augmentation changes nothing.
+    normalisation) and mirrored with probability 1/2; without, augmentation changes nothing. `original`: the images
+    before they were resized, which rounds differently on other processors.
     """
 
     images: torch.Tensor
@@ -42,6 +43,7 @@ class MemorySet(ImageSet):
     num_classes: int
     normalization: Normalization
     padding: int = 0
+    original: torch.Tensor | None = None
     _kept: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -50,9 +52,14 @@ class MemorySet(ImageSet):
         _, height, width, channels = self.images.shape
         return channels, height, width
 
+    @property
+    def content(self):
+        return (self.images if self.original is None else self.original).numpy()
+
     def select(self, indices, labels, num_classes):
         """The set of the images `indices`, with as many new `labels`."""
-        return replace(self, images=self.images[indices], labels=labels, num_classes=num_classes)
+        images, original = (None if each is None else each[indices] for each in (self.images, self.original))
+        return replace(self, images=images, original=original, labels=labels, num_classes=num_classes)
 
     def batches(self, loader):
         """The batches of a `Loader`."""

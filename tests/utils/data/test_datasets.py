@@ -182,6 +182,40 @@ def test_choosing_nothing_is_refused(options):
     explained(lambda: load("digits", **options), "leaves n")
 
 
+# which data these are
+
+
+@pytest.mark.parametrize("name", IN_FILES)
+def test_a_digest_tells_data_apart(name, tmp_path, write):
+    write(name)
+    ours = load(name, tmp_path, resize_images=24)
+    count = len(ours.train)
+    assert ours.digest == load(name, tmp_path, resize_images=24).digest
+    assert ours.digest["train"].startswith(f"{count} images, ") and ours.digest["train"] != ours.digest["val"]
+    parts = ({"classes_subset": [0, None, 2]}, {"randomize_labels": 0}, {"classes_subset": [1, None, None]})
+    digests = {load(name, tmp_path, **part).digest["train"] for part in parts} | {ours.digest["train"]}
+    assert len(digests) == 4
+    order = torch.arange(count).flip(0)
+    assert ours.train.select(order, ours.train.labels, ours.num_classes).digest != ours.digest["train"]
+
+
+def test_a_digest_is_that_of_other_processors():
+    digests = {load("digits", resize_images=size).digest["train"] for size in (None, 16, 32)}
+    assert digests == {"1297 images, b2fbb2c1cb0e08e2"}
+
+
+def test_a_file_that_comes_or_goes_changes_the_digest(tmp_path):
+    write_imagenet(tmp_path)
+    before, path = load("imagenet", tmp_path).digest, tmp_path / "val" / "n00000001" / "val_2.JPEG"
+    path.rename(path.with_name("val_7.JPEG"))
+    after = load("imagenet", tmp_path).digest
+    assert after["train"] == before["train"] and after["val"] != before["val"]
+    path.with_name("val_7.JPEG").rename(path)
+    shutil.move(tmp_path / "train", tmp_path / "there" / "train")
+    shutil.move(tmp_path / "val", tmp_path / "there" / "val")
+    assert load("imagenet", tmp_path / "there").digest == before
+
+
 # downloads
 
 
@@ -263,19 +297,13 @@ def test_only_the_published_files_of_cifar_are_unpickled(tmp_path, write, file, 
     assert not marker.exists()
 
 
-def imagenet32_with(tmp_path, content):
-    published_files.write_imagenet32(tmp_path)
-    path = tmp_path / "train_data_batch_4"
-    path.write_bytes(content)
-    return path
-
-
 @pytest.mark.parametrize("hide", [lambda bad: bad, lambda bad: {"data": bad}, lambda bad: {"data": np.array([bad])}])
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_pickle_that_runs_something_is_refused(tmp_path, hide, protocol):
     marker = tmp_path / "executed"
-    path = imagenet32_with(tmp_path, pickle.dumps(hide(Hostile(marker)), protocol=protocol))
-    explained(lambda: load("imagenet32", tmp_path), path, "refused")
+    bad = pickle.dumps(hide(Hostile(marker)), protocol=protocol)
+    published_files.write_imagenet32(tmp_path, train_data_batch_4=bad)
+    explained(lambda: load("imagenet32", tmp_path), tmp_path / "train_data_batch_4", "refused")
     assert not marker.exists()
 
 
@@ -311,16 +339,22 @@ ROWS = to_rows(random_images(3, 32))
     ],
 )
 def test_damaged_pickles_are_named(tmp_path, content, complaint):
-    explained(lambda: load("imagenet32", tmp_path), imagenet32_with(tmp_path, content), complaint)
+    published_files.write_imagenet32(tmp_path, train_data_batch_4=content)
+    explained(lambda: load("imagenet32", tmp_path), tmp_path / "train_data_batch_4", complaint)
 
 
 @pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-@pytest.mark.parametrize("change", [lambda d: d[:20], lambda d: b"", lambda d: b"\x1f\x8b" + d, lambda d: d + b"0"])
-def test_damaged_idx_files_are_named(tmp_path, file, change):
+@pytest.mark.parametrize(
+    "change", [None, lambda d: d[:20], lambda d: b"", lambda d: b"\x1f\x8b" + d, lambda d: d + b"0"]
+)
+def test_missing_and_damaged_idx_files_are_named(tmp_path, file, change):
     published_files.write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / file
-    path.write_bytes(change(path.read_bytes()))
-    explained(lambda: load("mnist", tmp_path), path)
+    content = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(content))
+    explained(lambda: load("mnist", tmp_path), path, "" if change else "No such file")
 
 
 def test_broken_folders_are_explained(tmp_path):
@@ -335,10 +369,3 @@ def test_broken_folders_are_explained(tmp_path):
     published_files.write_imagenet32(tmp_path / "three")
     (tmp_path / "three" / "train_data_batch_7").unlink()
     explained(lambda: load("imagenet32", tmp_path / "three"), "(train_data_batch_7 missing)")
-
-
-def test_files_that_cannot_be_opened_are_named(tmp_path):
-    published_files.write_mnist(tmp_path)
-    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.unlink()
-    explained(lambda: load("mnist", tmp_path), path, "No such file")
