@@ -104,12 +104,17 @@ def _number(value):
         return None
 
 
+def seconds_spent(root, experiment):
+    """Seconds that the epochs of an experiment took so far, by its metrics."""
+    speeds = [row.get("images_per_second") for row in read_metrics(Path(root) / experiment.name)]
+    return sum(experiment.images / speed for speed in speeds if speed)
+
+
 def _pace(root, experiments, states):
     """Seconds that a unit of work takes by the metrics of what has been trained so far, None if nothing has been."""
     done = seconds = 0
     for experiment, state in zip(experiments, states):
-        speeds = [row.get("images_per_second") for row in read_metrics(Path(root) / experiment.name)]
-        if state.epoch and (spent := sum(experiment.images / speed for speed in speeds if speed)):
+        if state.epoch and (spent := seconds_spent(root, experiment)):
             done, seconds = done + work(experiment) * _share_done(experiment, state), seconds + spent
     return seconds / done if done else None
 
@@ -149,12 +154,21 @@ def status_table(root, experiments):
     return [*lines, f"{len(experiments)} experiments: {counts}{left}"]
 
 
+def accuracies(experiment, state):
+    """The accuracy reached and the published one, in words; "" where there is none."""
+    published = experiment.published or {}
+    top, unit = ("acc5", " top-5") if "acc5" in published else ("acc1", "")
+    return ["" if value is None else f"{value:.1f}{unit}" for value in (getattr(state, top), published.get(top))]
+
+
 def _row(experiment, state, pace):
     is_training = experiment.script == "main_block.py" and state.epoch is not None
     epoch = f"{state.epoch}/{state.epochs or experiment.epochs}" if is_training else ""
-    published = experiment.published or {}
-    top, unit = ("acc5", " top-5") if "acc5" in published else ("acc1", "")
-    values = (getattr(state, top), published.get(top))
-    accuracies = ("" if value is None else f"{value:.1f}{unit}" for value in values)
     left = remaining(experiment, state)
-    return (experiment.name, state.name, epoch, *accuracies, duration(pace and left * pace) if left else "")
+    return (
+        experiment.name,
+        state.name,
+        epoch,
+        *accuracies(experiment, state),
+        duration(pace and left * pace) if left else "",
+    )

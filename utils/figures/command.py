@@ -1,15 +1,17 @@
 """Draw the paper's figures and check its claims: numbers first, drawing second.
 
-    python -m utils.figures --scale laptop                  draw all figures from the numbers kept
-    python -m utils.figures --scale laptop --recompute      first recompute those whose checkpoints have changed
+    python -m utils.figures --scale laptop                  draw all figures from this repository's numbers
+    python -m utils.figures --scale laptop --recompute      from the numbers of your own runs, computed if they changed
 
-Numbers are kept in notebook_data/SCALE/; figures (PDF and PNG) and the table of claims go to figures/SCALE/.
+Numbers are read from notebook_data/SCALE/, or kept in figures/numbers/SCALE/ with --recompute. Figures (PDF and PNG),
+the table of claims and a report on one page (index.html) go to figures/SCALE/.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from utils.errors import RunError, UserError
@@ -17,6 +19,7 @@ from utils.experiments.registry import SCALES
 from utils.figures.catalogue import FIGURES
 from utils.figures.data import ROOT
 from utils.figures.gallery import Gallery, claims_table
+from utils.figures.report import write_report
 from utils.files import atomic_write
 
 
@@ -33,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", help="ImageNet's folder, if it has moved since training")
     add("--data-dir", metavar="DIR", help="folder of downloaded data sets, if it has moved since training")
     add("--batch-size", type=int, default=128, metavar="N", help="images at a time (default: 128)")
-    add("--numbers", default=ROOT, type=Path, metavar="DIR", help=f"folder of the numbers (default: {ROOT})")
+    where = f"folder of the numbers (default: {ROOT}, this repository's; with --recompute the folder numbers in --out)"
+    add("--numbers", type=Path, metavar="DIR", help=where)
     add("--out", default="figures", type=Path, metavar="DIR", help="folder of the figures (default: figures)")
     return parser
 
@@ -47,15 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     options = {"checkpoints": args.checkpoints, "places": places, "batch": args.batch_size}
     by = "python -m utils.figures " + " ".join(sys.argv[1:] if argv is None else argv)
     gallery = Gallery(args.scale, args.recompute, args.device, out=args.out, root=args.numbers, by=by, **options)
-    failed = False
+    failed, start = {}, time.monotonic()
     for number in args.figure:
         print(f"figure {number}: {FIGURES[number].title}", flush=True)
         try:
             gallery.make(number)
         except RunError as error:
-            failed = True
+            failed[number] = str(error)
             print(f"figures: error: {error}", file=sys.stderr)
     _write_claims(gallery)
+    if len(failed) < len(args.figure):
+        print(f"report: {write_report(gallery, failed, time.monotonic() - start)}")
     return 2 if failed else 0
 
 

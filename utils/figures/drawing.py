@@ -42,7 +42,7 @@ def width_label(width: float) -> str:
 
 
 def gaussian_histograms(axes: Panels, numbers: FigureData, published: Published = None) -> None:
-    """Figure 1: whitened aligned weights along principal directions against N(0, 1); axes RANK_LAYER."""
+    """Figure 1: whitened aligned weights along principal directions (rows), by layer, against N(0, 1)."""
     x = np.linspace(-4, 4, 201)
     for row, rank in enumerate(numbers["ranks"]):
         for column, layer in enumerate(numbers["layers"]):

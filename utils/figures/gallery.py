@@ -58,6 +58,13 @@ def save(canvas: Canvas, folder: Path, name: str) -> list[Path]:
     return paths
 
 
+def small_png(path: Path) -> bytes:
+    """A PNG file in 128 colours: a third of its size."""
+    content = io.BytesIO()
+    PIL.Image.open(path).convert("RGB").quantize(128).save(content, "png", optimize=True)
+    return content.getvalue()
+
+
 def claims_table(claims: list[Claim]) -> str:
     """Markdown: all claims, published and of this run, and whether they hold."""
     rows = [(str(c.figure), c.text, c.published, c.measured, "yes" if c.holds else "**no**") for c in claims]
@@ -72,14 +79,16 @@ class Gallery:
     """The figures of a scale, from numbers kept under `root` to files under `out`.
 
     recompute: compute numbers again if the checkpoints have changed. by: the command recorded as having made them.
+    root: by default this repository's numbers, or those of your own runs, OUT/numbers, if they are to be recomputed.
     options: of `Source`. Raises UserError for an unknown scale or device.
     """
 
-    def __init__(self, scale, recompute=False, device="auto", *, out="figures", root=data.ROOT, by=NOTEBOOK, **options):
+    def __init__(self, scale, recompute=False, device="auto", *, out="figures", root=None, by=NOTEBOOK, **options):
         if scale not in SCALES:
             raise UserError(f"no scale {scale!r}: choose {' or '.join(SCALES)}")
         self.scale, self.recompute, self.command = scale, recompute, by
-        self.root, self.folder = Path(root), Path(out) / scale
+        self.root = Path(root or (Path(out) / "numbers" if recompute else data.ROOT))
+        self.folder = Path(out) / scale
         self.source = Source(scale, device=pick_device(device), **options)
 
     def make(self, number: int) -> tuple[FigureData, Canvas, list[Path]]:
@@ -92,8 +101,12 @@ class Gallery:
 
     def claims(self) -> list[Claim]:
         """The claims of all figures whose numbers are kept."""
-        kept = [number for number in FIGURES if self._kept(number).exists()]
-        return [claim for n in kept for claim in FIGURES[n].claims(data.load_numbers(self._kept(n)))]
+        kept = {number: self.numbers(number) for number in FIGURES}
+        return [claim for number, numbers in kept.items() if numbers for claim in FIGURES[number].claims(numbers)]
+
+    def numbers(self, number: int) -> FigureData | None:
+        """The numbers kept of a figure, None if there are none. Raises UserError if they are damaged."""
+        return data.load_numbers(self._kept(number)) if self._kept(number).exists() else None
 
     def _kept(self, number):
         return data.data_path(self.scale, FIGURES[number].name, self.root)
@@ -107,9 +120,7 @@ class Gallery:
         except RunError as error:
             display(Markdown(f"**Figure {number} cannot be drawn.** {error}"))
             return
-        picture = io.BytesIO()
-        PIL.Image.open(paths[1]).convert("RGB").quantize(128).save(picture, "png", optimize=True)  # a third of the size
-        display(Image(picture.getvalue(), width=round(100 * FIGURES[number].size[0])))
+        display(Image(small_png(paths[1]), width=round(100 * FIGURES[number].size[0])))
         made, count = numbers.provenance, len(numbers.provenance["experiments"])
         text = f"Numbers of {count} experiment{'s' if count > 1 else ''}, made {made['date']} at commit "
         text += f"`{made['commit']}` by `{made['command']}`; saved as `{paths[0]}` and `.png`."
