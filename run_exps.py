@@ -1,11 +1,6 @@
-"""Every experiment of the paper: list, print, run, follow, submit.
+"""Every experiment of the paper: list, print, run, follow, submit (--help lists the options)."""
 
-python run_exps.py --print                     the commands of all of them
-python run_exps.py --scale laptop              train the whole paper at small scale, on this machine
-python run_exps.py --figure 3 --status         what is done, running, failed or missing for a figure
-python run_exps.py --submit slurm --gpus 1     submit them to a cluster
-"""
-
+import json
 import os
 import re
 import shlex
@@ -19,18 +14,26 @@ from utils.runs import options
 from utils.runs.command import Parser
 
 FOLDER = Path(__file__).resolve().parent
+EXAMPLES = (
+    "python run_exps.py --print                     # the commands of all of them",
+    "python run_exps.py --scale laptop              # train the whole paper at small scale, on this machine",
+    "python run_exps.py --figure 3 --status         # what is done, running, failed or missing for a figure",
+    "python run_exps.py --submit slurm --gpus 1     # submit them to a cluster",
+)
 
 
 def parser():
     """The command line."""
-    parser = Parser(description="Every experiment of the paper: list, print, run, follow, submit.")
+    parser = Parser("run_exps.py", "Every experiment of the paper: list, print, run, follow, submit.", EXAMPLES)
     which = parser.add_argument_group("which (all conditions must hold; what the chosen ones need is run too)")
     which.add_argument("--scale", default="paper", help="paper (default), or laptop: all of it, small, for two cores")
     which.add_argument("--only", nargs="+", metavar="GROUP", help="experiments of these groups")
     which.add_argument("--figure", nargs="+", type=int, metavar="N", help="experiments of these figures of the paper")
     which.add_argument("--match", metavar="REGEX", help="experiments whose name matches somewhere")
     which.add_argument("--name", nargs="+", metavar="NAME", help="experiments of these names")
-    what = parser.add_argument_group("what to do with them (default: run them)").add_mutually_exclusive_group()
+    group = parser.add_argument_group("what to do with them (default: run them)")
+    group.add_argument("--json", action="store_true", help="with --status: a JSON list with an object per experiment")
+    what = group.add_mutually_exclusive_group()
     what.add_argument("--print", action="store_true", help="print '[ i/n] name:<tab>command' and exit")
     what.add_argument("--status", action="store_true", help="print what is done, running, failed, missing, and exit")
     what.add_argument("--submit", choices=("slurm", "local"), help="submit them to SLURM, or in the same way here")
@@ -157,12 +160,17 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: should be at least 1")
+    if args.json and not args.status:
+        raise UserError("--json is the form of --status, which is missing")
     chosen = select(args)
     if args.print:
         print_commands(chosen, args)
         return 0
     if args.status:
-        print("\n".join(status.status_table(args.checkpoints, chosen)))
+        if args.json:
+            print(json.dumps(status.status_records(args.checkpoints, chosen), indent=1))
+        else:
+            print("\n".join(status.status_table(args.checkpoints, chosen)))
         return 0
     needed = with_needs(chosen, all_experiments(args))
     if args.submit:

@@ -252,6 +252,12 @@ def test_status_tells_epochs_accuracies_and_time(folder):
     assert len(lines) == 1 + 4 + 1 and lines[-1].startswith("4 experiments: 3 missing, 1 finished")
     (white,) = [line for line in lines if "white" in line]
     assert re.search(r"finished +15/15 +25\.0", white)
+    records = json.loads(run(folder, *CHAIN, "--status", "--json").stdout)
+    assert [record["state"] for record in records].count("missing") == 3
+    assert next(record for record in records if record["experiment"] == WHITE.name).items() >= {
+        "epoch": 15, "epochs": 15, "acc1": 25.0, "published": None
+    }.items()  # fmt: skip
+    assert run(folder, "--json").returncode == 2
 
 
 @pytest.mark.parametrize(

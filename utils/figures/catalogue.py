@@ -32,10 +32,11 @@ class Figure:
         """Its numbers, arrays by name, from the source's networks. Raises UserError."""
         return getattr(numbers, self.name)(source, numbers.SHOWN[source.scale])
 
-    def draw(self, data: FigureData, published: FigureData | None = None) -> Canvas:
-        """The figure, with the published numbers drawn in it if they are given."""
-        with matplotlib.style.context(drawing.STYLE):
-            canvas = Canvas(figsize=self.size, layout="constrained")
+    def draw(self, data: FigureData, published: FigureData | None = None, style: str = "paper") -> Canvas:
+        """The figure, in a style of `drawing.STYLES`, with the published numbers drawn in it if they are given."""
+        with matplotlib.style.context(drawing.STYLES[style]):
+            larger = matplotlib.rcParams["font.size"] / 9
+            canvas = Canvas(figsize=[larger * length for length in self.size], layout="constrained")
             getattr(drawing, self.name)(canvas.subplot_mosaic(self.panels(data)), data, published)
             canvas.draw_without_rendering()
         return canvas

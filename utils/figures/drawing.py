@@ -1,7 +1,7 @@
 """The paper's nine figures drawn from their numbers: axes in, axes out.
 
 Every function takes matplotlib axes by name, the numbers (numbers.py says what they hold) and the published ones if
-they are to be drawn too. Style comes from `paper.mplstyle`.
+they are to be drawn too. Style comes from a file of `STYLES`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from scipy import stats
 from rainbow.random_matrix import Decay, bulk_edges, marchenko_pastur_density
 from utils.figures.data import FigureData
 
-STYLE = Path(__file__).with_name("paper.mplstyle")
+_PAPER = Path(__file__).with_name("paper.mplstyle")
+STYLES = {"paper": [_PAPER], "poster": [_PAPER, _PAPER.with_name("poster.mplstyle")]}
 BASES = {
     "weight": ("weight PCA", "tab:blue", "-"),
     "kernel": ("kernel PCA", "tab:green", "--"),

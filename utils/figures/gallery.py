@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.style
@@ -19,11 +19,12 @@ from utils.figures import data
 from utils.figures.catalogue import FIGURES, Figure
 from utils.figures.claims import Claim
 from utils.figures.data import FigureData
-from utils.figures.drawing import STYLE
+from utils.figures.drawing import STYLES
 from utils.figures.numbers import SHOWN
 from utils.figures.source import Source
 from utils.files import atomic_write
 
+FORMATS = ("pdf", "png")
 NOTEBOOK = "paper_figs.ipynb with RECOMPUTE = True"
 VERSION = "2"  # of the numbers: raise it when they are computed differently
 
@@ -45,15 +46,16 @@ def compute(figure: Figure, source: Source, command: str, root: Path = data.ROOT
     return numbers
 
 
-def save(canvas: Canvas, folder: Path, name: str) -> list[Path]:
-    """Write NAME.pdf and NAME.png, each as a whole or not at all. Raises WriteError."""
+def save(canvas: Canvas, folder: Path, name: str, formats: Sequence[str] = FORMATS, style="paper") -> list[Path]:
+    """Write NAME.FORMAT in each format, each as a whole or not at all. Raises WriteError."""
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns about dates in matplotlib's own fonts
-    paths = [folder / f"{name}.pdf", folder / f"{name}.png"]
-    with matplotlib.style.context(STYLE):
-        for path, metadata in zip(paths, ({"CreationDate": None}, {"Software": None})):
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+    paths = [folder / f"{name}.{format}" for format in formats]
+    with matplotlib.style.context([*STYLES[style], {"svg.hashsalt": name}]):
+        for path, format in zip(paths, formats):
             buffer = io.BytesIO()
-            canvas.savefig(buffer, format=path.suffix[1:], metadata=metadata)
+            canvas.savefig(buffer, format=format, metadata=undated[format])
             atomic_write(path, lambda file, buffer=buffer: file.write(buffer.getvalue()))
     return paths
 
@@ -80,24 +82,27 @@ class Gallery:
 
     recompute: compute numbers again if the checkpoints have changed. by: the command recorded as having made them.
     root: by default this repository's numbers, or those of your own runs, OUT/numbers, if they are to be recomputed.
-    options: of `Source`. Raises UserError for an unknown scale or device.
+    look: what `save` takes, formats and style. options: of `Source`. Raises UserError for an unknown scale or device.
     """
 
-    def __init__(self, scale, recompute=False, device="auto", *, out="figures", root=None, by=NOTEBOOK, **options):
+    def __init__(
+        self, scale, recompute=False, device="auto", *, out="figures", root=None, by=NOTEBOOK, look=None, **options
+    ):
         if scale not in SCALES:
             raise UserError(f"no scale {scale!r}: choose {' or '.join(SCALES)}")
         self.scale, self.recompute, self.command = scale, recompute, by
         self.root = Path(root or (Path(out) / "numbers" if recompute else data.ROOT))
-        self.folder = Path(out) / scale
+        self.folder, self.look = Path(out) / scale, {"formats": FORMATS, "style": "paper"} | (look or {})
         self.source = Source(scale, device=pick_device(device), **options)
 
     def make(self, number: int) -> tuple[FigureData, Canvas, list[Path]]:
-        """A figure's numbers, the figure and its files, PDF and PNG. Raises RunError."""
+        """A figure's numbers, the figure and its files. Raises RunError."""
         figure, path = FIGURES[number], self._kept(number)
         keep = path.exists() and not self.recompute
         numbers = data.load_numbers(path) if keep else compute(figure, self.source, self.command, self.root)
-        canvas = figure.draw(numbers, data.published_numbers(figure.name) if self.scale == "paper" else None)
-        return numbers, canvas, save(canvas, self.folder, f"{number}_{figure.name}")
+        published = data.published_numbers(figure.name) if self.scale == "paper" else None
+        canvas = figure.draw(numbers, published, self.look["style"])
+        return numbers, canvas, save(canvas, self.folder, f"{number}_{figure.name}", **self.look)
 
     def claims(self) -> list[Claim]:
         """The claims of all figures whose numbers are kept."""

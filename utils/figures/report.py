@@ -70,8 +70,7 @@ def write_report(gallery: Gallery, missing: Mapping[int, str], seconds: float) -
 
 def _section(gallery, number, missing):
     figure, numbers = FIGURES[number], gallery.numbers(number)
-    picture = gallery.folder / f"{number}_{figure.name}.png"
-    url = "" if missing or not picture.exists() else "data:image/png;base64," + _base64(small_png(picture))
+    url = "" if missing else _picture(gallery.folder / f"{number}_{figure.name}")
     caption = inspect.getdoc(getattr(drawing, figure.name)).split("\n\n")[0].partition(": ")[2]
     return Section(
         number=number,
@@ -85,8 +84,12 @@ def _section(gallery, number, missing):
     )
 
 
-def _base64(content):
-    return base64.b64encode(content).decode()
+def _picture(path):
+    """The data URL of a figure's file, PNG or else SVG, "" if there is neither."""
+    for suffix, kind, read in ((".png", "png", small_png), (".svg", "svg+xml", Path.read_bytes)):
+        if (file := path.with_suffix(suffix)).exists():
+            return f"data:image/{kind};base64,{base64.b64encode(read(file)).decode()}"
+    return ""
 
 
 def _experiment_rows(gallery):

@@ -109,7 +109,12 @@ def grouped(*rows):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line of `UserError` instead of a usage dump."""
+    """argparse, with errors as one line of `UserError`, not a usage dump, and --help that begins with examples."""
+
+    def __init__(self, program, description, examples=(), usage=None, **options):
+        text = "\n".join([description, "", *(f"  {example}" for example in examples)])
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(program, usage or "%(prog)s [options]", text, formatter_class=raw, **options)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists all options)")
@@ -117,13 +122,14 @@ class Parser(argparse.ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
-    """The options of a program. `length`: the field that says how far a run goes."""
+    """The options of a program. `length`: the field that says how far a run goes; `examples`: that it works with."""
 
     program: str
     description: str
     options: tuple[Option, ...]
     length: str
     usage: str | None = None
+    examples: tuple[str, ...] = ()
 
     @functools.cached_property
     def by_field(self):
@@ -139,7 +145,7 @@ class CommandLine:
     def parser(self):
         """The argparse parser; it yields only what is given."""
         defaults = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-        top = Parser(self.program, self.usage, self.description, **defaults)
+        top = Parser(self.program, self.description, self.examples, self.usage, **defaults)
         for group, options in itertools.groupby(self.options, key=lambda option: option.group):
             place = top.add_argument_group(group.title, group.note)
             for option in options:

@@ -137,7 +137,11 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     Option("-e --evaluate", None, False, "validate (--resume FILE or --dir), do not train", free=True),
     Option("-p --print-freq", to.positive_int, 100, "steps between two lines of progress", "STEPS", free=True),
     Option("--tensorboard", None, False, "write curves for TensorBoard too", free=True),
-), length="epochs", usage="%(prog)s -a ARCH --digits [options]")
+), length="epochs", usage="%(prog)s -a ARCH --digits [options]", examples=(
+    "python main_block.py --digits --epochs 15 -a 'Fw Std Pr N' --psi-arch mod --Pr-size 32 --dir digits",
+    "python main_block.py --cifar10 --arch resnet18-custom --standard-width-scaling 0.5 --device cuda --dir resnet",
+    "python main_block.py --digits -a 'Fw Std Pr N' --psi-arch mod --Pr-size 32 --evaluate --dir digits",
+))
 
 SAMPLING = CommandLine("resample.py", "Samples rainbow networks of a trained experiment.", (
     Option("--experiment", to.text, None, "run to sample from", "NAME", required=True),
@@ -157,7 +161,11 @@ SAMPLING = CommandLine("resample.py", "Samples rainbow networks of a trained exp
     replace(_DATA, help="folder of the data, if it has moved (see main_block.py)"),
     replace(_DATA_DIR, default=None, help="likewise"),
     Option("--overwrite", None, False, "resample even if samples exist", free=True),
-), length="num_repeats")
+), length="num_repeats", usage="%(prog)s --experiment NAME [options]", examples=(
+    "python resample.py --experiment digits",
+    "python resample.py --experiment digits --num-repeats 5 --dir resamplings/five",
+    "python resample.py --experiment digits --method white --dir resamplings/white",
+))
 # fmt: on
 
 

@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.experiments import registry
 from utils.figures.catalogue import FIGURES
 from utils.figures.command import main
+from utils.figures.curves import draw_curves
 from utils.figures.data import FigureData, checkpoints_key, data_path, load_numbers, published_numbers, save_numbers
 from utils.figures.gallery import claims_table, compute, save
 from utils.figures.source import Source
@@ -258,3 +259,34 @@ def test_a_network_that_cannot_be_analysed_is_an_error_in_one_line(tmp_path, cap
         make_run(tmp_path, experiment, scale=float("nan"))
     error = error_of_figure_9(tmp_path, capsys)
     assert error.startswith("figures: error: ") and error.count("\n") == 1 and "not finite" in error
+
+
+def test_training_curves_are_drawn_from_metrics_and_formats_are_kept(tmp_path, capsys):
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    rows = ["epoch,train_loss,train_acc1,val_loss,val_acc1", "0,,,2.3,10.5", "1,1.5,60,1.2,70", "2,0.5,90,0.7,0"]
+    (tmp_path / "runs" / "one" / "metrics.csv").write_text("\n".join(rows))
+    loss, accuracy = draw_curves(tmp_path / "runs", ["one"]).axes
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), [2.3, 1.2, 0.7])
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), [10.5, 70, 0])
+    np.testing.assert_allclose(accuracy.lines[1].get_ydata(), [np.nan, 60, 90])
+    flags = [
+        "--checkpoints",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "out"),
+        "--format",
+        "svg",
+        "--style",
+        "poster",
+    ]
+    assert main(["--curves", "one", *flags]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["curves.svg"]
+    with pytest.raises(UserError, match="--curves two: no metrics.csv in .*known: one"):
+        main(["--curves", "two", *flags])
+
+
+def test_a_poster_has_the_paper_figures_layout_in_larger_letters():
+    figure = FIGURES[3]
+    paper, poster = (figure.draw(kept(figure), style=style) for style in ("paper", "poster"))
+    np.testing.assert_allclose(poster.get_size_inches() / paper.get_size_inches(), 13 / 9)
+    assert poster.axes[0].xaxis.label.get_size() > paper.axes[0].xaxis.label.get_size()
