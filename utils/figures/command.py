@@ -17,6 +17,7 @@ from utils.figures.curves import draw_curves
 from utils.figures.data import ROOT
 from utils.figures.drawing import STYLES
 from utils.figures.gallery import FORMATS, Gallery, claims_table, save
+from utils.figures.pictures import write_pictures
 from utils.figures.report import write_report
 from utils.files import atomic_write
 from utils.runs.command import Parser
@@ -45,6 +46,7 @@ def parser() -> Parser:
     where = f"folder of the numbers (default: {ROOT}, this repository's; with --recompute the folder numbers in --out)"
     add("--numbers", type=Path, metavar="DIR", help=where)
     add("--curves", nargs="+", metavar="NAME", help="draw the training curves of these runs instead")
+    add("--pictures", type=Path, metavar="DIR", help="write small PNGs of the figures for a page to DIR instead")
     formats = {"nargs": "+", "choices": ("pdf", "png", "svg"), "default": FORMATS, "metavar": "FORMAT"}
     add("--format", **formats, help="pdf, png, svg, or several of them (default: pdf png)")
     add("--style", choices=STYLES, default="paper", help="paper (default), or poster: larger letters, thicker lines")
@@ -61,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.curves:
         canvas = draw_curves(Path(args.checkpoints), args.curves, args.style)
         print("curves:", *save(canvas, args.out, "curves", **look))
+        return 0
+    if args.pictures:
+        print("pictures:", *write_pictures(args.scale, args.pictures, args.numbers or ROOT))
         return 0
     places = {"data": args.data, "data_dir": args.data_dir}
     options = {"checkpoints": args.checkpoints, "places": places, "batch": args.batch_size, "look": look}

@@ -59,13 +59,13 @@ def test_lists_are_given_in_full_or_once():
     assert early.freeze_P == [True, True, False]
 
 
-def test_the_readme_lists_all_options_by_group():
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_lists_all_options_by_group():
+    page = (ROOT / "docs" / "options.md").read_text()
     for group, members in itertools.groupby(options.TRAINING.options, key=lambda option: option.group):
         flags = [
             f"`{flag}`" for each in members for flag in (each.flags.split()[0], *map("--{}".format, each.shortcuts))
         ]
-        assert f"| {group.title} | {', '.join(flags)} |" in readme
+        assert f"| {group.title} | {', '.join(flags)} |" in page
 
 
 NETWORK_OPTIONS = [option for option in options.TRAINING.options if option.group.network and option.field != "n_blocks"]
