@@ -27,7 +27,7 @@ def pick_device(name="auto"):
             f"--device {name}: this machine has no usable {device.type.upper()} device; --device cpu or auto"
         )
     if (device.index or 0) >= count:
-        raise UserError(f"--device {name}: this machine has {count}, numbered from 0")
+        raise UserError(f"--device {name}: this machine has {count} GPU(s), numbered from 0")
     return device
 
 
