@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,8 +84,50 @@ def memory_for(device: torch.device, given: int | None = None) -> int:
         return given
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
+    return min(free_memory() // 4, MOST_MEMORY)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: what Linux calls available, within the limits of its container; where
+    neither is told, MOST_MEMORY. root: where /proc and /sys are."""
+    sizes = _numbers(root / "proc/meminfo")
+    found = [1024 * sizes["MemAvailable:"]] if "MemAvailable:" in sizes else []
+    for folder, limit, used in _control_groups(root):
+        bounds = [_number(folder / name) for name in (limit, used)]
+        if None not in bounds:
+            stat = _numbers(folder / "memory.stat")
+            cache = stat.get("total_inactive_file", stat.get("inactive_file", 0))  # given back when memory is short
+            found.append(max(bounds[0] - bounds[1] + cache, 0))
+    return min(found, default=MOST_MEMORY)
+
+
+def _control_groups(root):
+    """The folders of this process's control groups and all above them, with the names of limit and use (v2, v1)."""
+    v2, v1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+            group = top / path.strip("/")
+            for folder in [group, *group.parents]:
+                if folder.is_relative_to(top):
+                    yield folder, *(v1 if controllers else v2)
+
+
+def _lines(path):
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on this system
-        return MOST_MEMORY // 4
-    return min(free // 4, MOST_MEMORY)
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _number(path):
+    """The number in a file; None for no file, or for no number: "max", no limit."""
+    text = "".join(_lines(path)[:1])
+    return int(text) if text.isdecimal() else None
+
+
+def _numbers(path):
+    """The first number of every line, by its first word."""
+    words = (line.split() for line in _lines(path))
+    return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdecimal()}

@@ -233,8 +233,8 @@ def prepare(
 
 
 def _names_for_each(layers, count):
-    if layers is None:
-        return [None] * count
+    if layers is None or isinstance(layers, (str, type)) or callable(layers):
+        return [layers] * count
     layers = list(layers)
     nested = bool(layers) and isinstance(layers[0], (list, tuple))
     if nested and len(layers) != count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -43,16 +44,37 @@ class Network:
             raise RainbowError(f"{type(self.module).__name__} was analysed without images: give some")
         return Program(self.module, self.example)
 
-    def select(self, names: Iterable[str] | None = None) -> list[Layer]:
-        """All layers, or those named. Raises RainbowError for a name that is unknown or given twice."""
-        if names is None:
+    def select(self, wanted: Any = None) -> list[Layer]:
+        """All layers, or those wanted: a name or a pattern ("layer3.*"), a type of module, a function of a `Layer` that
+        says yes or no, or several names and patterns, in their order.
+
+        Raises RainbowError for a name that is unknown or given twice, and where nothing matches.
+        """
+        if wanted is None:
             return list(self.layers)
-        known = {layer.name: layer for layer in self.layers}
-        chosen = [find_name(name, known) for name in names]
+        if isinstance(wanted, type):
+            return self._matching(lambda layer: isinstance(layer.module, wanted), f"is a {wanted.__name__}")
+        if callable(wanted):
+            return self._matching(wanted, "is wanted by the function")
+        known, chosen = {layer.name: layer for layer in self.layers}, list[str]()
+        for name in [wanted] if isinstance(wanted, str) else wanted:
+            matches = fnmatch.filter(known, name) if isinstance(name, str) and name not in known else []
+            chosen += [match for match in matches if match not in chosen] or [self._find(name, known)]
         for name in chosen:
             if chosen.count(name) > 1:
                 raise RainbowError(f"layer {name} is asked for {chosen.count(name)} times")
         return [known[name] for name in chosen]
+
+    def _matching(self, condition, text):
+        chosen = [layer for layer in self.layers if condition(layer)]
+        if not chosen:
+            raise RainbowError(f"no weight layer of {type(self.module).__name__} {text}")
+        return chosen
+
+    def _find(self, name, known):
+        if name in self.skipped:
+            raise RainbowError(f"layer {name} is not analysed: {self.skipped[name].reason}")
+        return find_name(name, known)
 
     def rebind(self, module: nn.Module) -> Network:
         """The same of a copy of the network with other weights or widths."""
@@ -60,8 +82,8 @@ class Network:
         return replace(self, module=module, layers=tuple(layers))
 
 
-def weight_layers(model: nn.Module, example_or_loader: Any = None, names: Iterable[str] | None = None) -> list[Layer]:
-    """The weight layers of a network in forward order, all of them or those named, in the order of `names`.
+def weight_layers(model: nn.Module, example_or_loader: Any = None, names: Any = None) -> list[Layer]:
+    """The weight layers of a network in forward order, all of them or those that `Network.select` finds.
 
     `example_or_loader`: a batch of images, or anything that yields (images, labels): one forward pass of it, with
     hooks, finds the order of the layers and what is flattened in front of them. Without it, networks of a registered

@@ -67,6 +67,10 @@ class Norm(Adapter):
         buffers[0].copy_(mean)
         buffers[1].copy_(var * (count / max(count - 1, 1)))
 
+    def samples(self, x: Tensor) -> Tensor:
+        """Its input as samples by channels. # (n, D)"""
+        return x.movedim(1, -1).flatten(0, -2)
+
     def resize(self, channels: int) -> None:
         """Gives the buffers another length, with mean 0 and variance 1."""
         self.module.num_features = channels

@@ -61,8 +61,9 @@ class Step:
         return None
 
     def samples_of(self, module: nn.Module, values: Values, layer: Layer | None) -> Samples:
-        """The input of a module as samples of channels: as its layer has them, or by its shape."""
-        return Samples.of(channel_samples(self.input_of(module, values), layer))
+        """The input of a module as samples of channels: as its layer has them, or the normalisation that it is."""
+        taker = Norm.of(module) if layer is None else layer
+        return Samples.of(taker.samples(self.input_of(module, values)))
 
 
 class Architecture(Adapter):

@@ -69,10 +69,19 @@ def test_rotating_an_input_is_rotating_weights():
             assert_values(layer.module(x), expected, layer.dimension, steps=2)
 
 
+def partly():
+    return nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 2, 2))
+
+
 def test_what_is_skipped_and_why():
-    network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 2, 2))
-    skipped = analyse(network, torch.randn(1, 2, 8, 8)).skipped
+    skipped = analyse(partly(), torch.randn(1, 2, 8, 8)).skipped
     assert "4 groups" in skipped["1"].reason and "transposed" in skipped["2"].reason
+
+
+def test_layers_are_chosen_by_name_pattern_type_or_function():
+    choices = "3", ["[07]"], ["7", "*"], nn.Conv2d, lambda layer: layer.neurons > 8
+    found = [list(Rainbow.fit(cnn(), batches(1), layers=each).layers) for each in choices]
+    assert found == [["3"], ["0", "7"], ["7", "0", "3"], ["0", "3"], ["3"]]
 
 
 # ---- one pass, and steps
@@ -163,6 +172,9 @@ def test_what_cannot_be_analysed(model, message):
     "act, message",
     [
         (lambda fitted: fitted.alignment.transform("typo", torch.ones(5, 6)), "no weight layer 'typo'"),
+        (lambda fitted: Rainbow.fit(mlp(), batches(), layers="11"), "no weight layer '11'"),
+        (lambda fitted: Rainbow.fit(mlp(), batches(), layers=nn.Conv2d), "no weight layer of Sequential is a Conv2d"),
+        (lambda fitted: Rainbow.fit(partly(), batches(), layers=["1"]), "1 is not analysed: a convolution in 4 groups"),
         (lambda fitted: fitted.alignment.transform(3, torch.ones(5, 6)), "no layer 3 among 3"),
         (lambda fitted: fitted.basis("typo", "weight"), "no weight layer 'typo'"),
         (lambda fitted: RainbowSampler(fitted.mean, batches()).trained_accuracy, "need a test set"),
