@@ -21,6 +21,7 @@ from rainbow.layers import Layer
 from rainbow.moments import Moments, moments, position_of, prepare
 from rainbow.network import Network
 from rainbow.norms import Affine, normalized_product
+from rainbow.polar import polar_factor
 from rainbow.precision import accumulation_device, rounding, to_double
 from rainbow.running import evaluating, first_images, stream_inputs
 from rainbow.samples import ChannelSums, ProductSum, Samples
@@ -39,9 +40,7 @@ def align(K: Tensor, complex_values: bool = False, noise: float = 0.0) -> Tensor
         K = K.real
     if K.ndim != 2 or not torch.isfinite(K.abs()).all():
         raise RainbowError(f"cannot align: the cross-covariance of shape {tuple(K.shape)} is not a finite matrix")
-    u, singular, vh = torch.linalg.svd(K, full_matrices=False)
-    kept = singular >= 4 * noise * singular.max()
-    return u[:, kept] @ vh[kept]
+    return polar_factor(K, 4 * noise)
 
 
 def transport(weights: Tensor, A: Tensor) -> Tensor:
@@ -160,7 +159,8 @@ class Alignment:
             maps.append(Affine(mean, scale))
             energies.append(energy.item())
             magnified = max(magnified, (raw / energy).item())
-        return normalized_product(K, found.mean(i, k), maps[0], found.mean(j, k), maps[1]), *energies, magnified * error
+        K = normalized_product(K.clone(), found.mean(i, k), maps[0], found.mean(j, k), maps[1])
+        return K, *energies, magnified * error
 
 
 @dataclass(eq=False)
@@ -168,13 +168,14 @@ class MeanNetwork:
     """The average of n networks, each aligned to it layer by layer (generalised Procrustes); one network is its own.
 
     analysed: the networks; layers[i][k]: their `Layer`s; alignments[i][k]: (D_i, D), from network i into the common
-    space, that of the first network; unexplained[t][k]: the share of the networks' variance at layer k that the target
-    of iteration t (the first network, then the average before) leaves, Σ_i E‖φ_i A_i - target‖² / Σ_i E‖φ_i‖².
+    space, that of the first network, or None of a network alone: the identity; unexplained[t][k]: the share of
+    the networks' variance at layer k that the target of iteration t (the first network, then the average before)
+    leaves, Σ_i E‖φ_i A_i - target‖² / Σ_i E‖φ_i‖².
     """
 
     analysed: list[Network]
     layers: list[list[Layer]]
-    alignments: list[list[Tensor]]
+    alignments: list[list[Tensor | None]]
     unexplained: list[list[float]]
 
     @property
@@ -199,14 +200,16 @@ class MeanNetwork:
         """
         analysed, chosen, device = prepare(networks, layers, loader, device)
         where, places, others = accumulation_device(device), range(len(chosen[0])), range(1, len(analysed))
-        identity = [torch.eye(layer.channels, dtype=torch.float64, device=where) for layer in chosen[0]]
         if len(analysed) == 1:
-            return cls(analysed, chosen, [identity], [[0.0] * len(identity)])
+            return cls(analysed, chosen, [[None] * len(places)], [[0.0] * len(places)])
         if loader is None:
             raise RainbowError("several networks are aligned on images: give a loader")
         first = moments(analysed, chosen, loader, auto=False, cross=0, device=device)
         energies = [[first.energy(i, k) for k in places] for i in range(len(analysed))]
-        alignments = [identity] + [[align_networks(first, i, 0, k) for k in places] for i in others]
+        alignments: list[list[Tensor | None]] = [
+            [torch.eye(layer.channels, dtype=torch.float64, device=where) for layer in chosen[0]]
+        ]
+        alignments += [[align_networks(first, i, 0, k) for k in places] for i in others]
         inner = [energies[0]] + [[_inner(alignments[i][k], first.cross(i, 0, k)) for k in places] for i in others]
         result = cls(analysed, chosen, alignments, [_unexplained(energies, energies[0], inner)])
         fixed = [all(is_same_input(first, i, 0, k) for i in others) for k in places]
@@ -217,18 +220,23 @@ class MeanNetwork:
     def aligned_weights(self, layer: int) -> Iterator[Tensor]:
         """W_i A_i of every network at a layer, by position. # (N_i, D·k²) each, float64 or complex128"""
         for layers, alignments in zip(self.layers, self.alignments):
-            yield transport(layers[layer].get(), alignments[layer])
+            A = alignments[layer]
+            yield to_double(layers[layer].get()) if A is None else transport(layers[layer].get(), A)
 
     def average(self, layer: int, samples: Sequence[Tensor]) -> Tensor:
         """(1/n) Σ_i φ_i Ā_i of samples (m, D_i) of every network at a layer. # (m, D)"""
         if len(samples) == 1:
             return samples[0]
-        back = (alignments[layer].conj().to(phi) for phi, alignments in zip(samples, self.alignments))
-        return torch.stack([phi @ A for phi, A in zip(samples, back)]).mean(0)
+        total = torch.zeros_like(samples[0])
+        for phi, alignments in zip(samples, self.alignments):
+            A = alignments[layer]
+            total.add_(phi if A is None else phi @ A.conj().to(phi))
+        return total.div_(len(samples))
 
     def _iterate(self, loader, device, fixed, energies):
         """One more alignment of every network to the average, at the layers that are not fixed."""
-        places, inner = range(len(fixed)), []
+        places = range(len(fixed))
+        inner: list[list[float]] = []
         products = [[ProductSum(layer.is_complex) for layer in self.layers[0]] for _ in self.networks]
         averages = [ChannelSums() for _ in places]
         with evaluating(*self.networks):
@@ -236,11 +244,12 @@ class MeanNetwork:
                 for images in first_images(batch).to(device).chunk(len(self.networks)):
                     self._add(images, products, averages)
         for alignments, sums in zip(self.alignments, products):
-            K = [product.total() / average.count for product, average in zip(sums, averages)]
+            inner.append([])
             for k in places:
+                K = sums[k].finish().div_(averages[k].count)
                 if not fixed[k]:
-                    alignments[k] = align(K[k], self.layers[0][k].is_complex, rounding(averages[k].count))
-            inner.append([_inner(alignments[k], K[k]) for k in places])
+                    alignments[k] = align(K, self.layers[0][k].is_complex, rounding(averages[k].count))
+                inner[-1].append(_inner(alignments[k], K))
         target = [(sums.var + sums.mean.abs().square()).sum().item() for sums in averages]
         self.unexplained.append(_unexplained(energies, target, inner))
 
@@ -275,4 +284,6 @@ def _samples(network, layers, images):
 
 
 def _inner(A, K):
-    return (A.conj() * K).sum().real.item()
+    """Re ⟨A, K⟩, some rows at a time: a third matrix would be as large."""
+    rows = zip(A.split(1024), K.split(1024))
+    return sum((a.conj() * k).sum().real.item() for a, k in rows)

@@ -170,7 +170,7 @@ class Rainbow:
             return WeightCovariance.from_matrix(self._kernel(chosen), 1).eigenvectors
         rotation = self.mean.alignments[0][list(self.layers).index(layer)]
         vectors = complete_basis(self.covariances[layer].eigenvectors)
-        return transport(vectors.mH, rotation.mH.to(vectors.device)).mH
+        return vectors if rotation is None else transport(vectors.mH, rotation.mH.to(vectors.device)).mH
 
     def summaries(self) -> list[LayerSummary]:
         """What `table` prints, a line for each layer."""

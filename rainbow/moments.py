@@ -323,7 +323,7 @@ class _Stream:
         return result
 
     def _normalized(self, total, i, j, k):
-        K = total.total().div_(self.counts[i, k])
+        K = total.finish().div_(self.counts[i, k])
         if self.norms[i, k] is self.norms[j, k] is None:
             return K
         (mean_a, map_a), (mean_b, map_b) = ((self.channels[n, k].mean, self._map(n, k)) for n in (i, j))

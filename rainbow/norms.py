@@ -83,20 +83,27 @@ register(nn.modules.batchnorm._BatchNorm, Norm)
 
 
 def normalized_product(K: Tensor, mean_a: Tensor, map_a: Affine, mean_b: Tensor, map_b: Affine) -> Tensor:
-    """E[φ_a φ_b^H] after φ = (f - m) s + t, from K = E[f_a f_b^H] (its real part, or all) and E[f]. # (D_a, D_b)"""
+    """E[φ_a φ_b^H] after φ = (f - m) s + t, in the memory of K = E[f_a f_b^H] (its real part, or all). # (D_a, D_b)
+
+    mean_a, mean_b: E[f].
+    """
     zero_a, zero_b = torch.zeros_like(mean_a), torch.zeros_like(mean_b)
     m_a, m_b = zero_a + map_a.mean, zero_b + map_b.mean  # (D_a,), (D_b,)
     s_a, s_b = zero_a.real + map_a.scale, zero_b.real + map_b.scale
     t_a, t_b = zero_a.real + map_a.shift, zero_b.real + map_b.shift
-    centred = K - _as(K, _outer(m_a, mean_b.conj()) + _outer(mean_a - m_a, m_b.conj()))
+    _add_outer(K, m_a, mean_b, -1)
+    _add_outer(K, mean_a - m_a, m_b, -1)
+    K.mul_(s_a[:, None]).mul_(s_b)
     mean_a, mean_b = (mean_a - m_a) * s_a, (mean_b - m_b) * s_b
-    return centred * s_a[:, None] * s_b + _as(K, _outer(mean_a + t_a, t_b) + _outer(t_a, mean_b.conj()))
+    _add_outer(K, mean_a + t_a, t_b)
+    return _add_outer(K, t_a, mean_b)
 
 
-def _outer(a, b):
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return torch.outer(a.to(dtype), b.to(dtype))
-
-
-def _as(K, correction):
-    return correction if K.is_complex() else correction.real
+def _add_outer(K, a, b, sign=1):
+    """K += sign · a b^H, or its real part where K is real, in place."""
+    if K.is_complex():
+        return K.addr_(a.to(K.dtype), b.conj().to(K.dtype), alpha=sign)
+    K.addr_(a.real.to(K.dtype), b.real.to(K.dtype), alpha=sign)
+    if a.is_complex() and b.is_complex():
+        K.addr_(a.imag, b.imag, alpha=sign)
+    return K

@@ -134,32 +134,44 @@ class ProductSum:
                 product = self._workspace.take("product", target.shape, a)
                 target.add_(torch.mm(left[:, rows].T, right[:, columns], out=product).to(total.device))
 
-    def total(self) -> Tensor:
-        """The sum, in memory of its own. # (D_a, D_b) float64, or complex128 where samples and `complex_values` are"""
-        real = self._full("rr")
+    def finish(self) -> Tensor:
+        """The sum, once: it takes the memory of what was added. # (D_a, D_b) float64, or complex128 where samples and
+        `complex_values` are"""
+        is_complex = self.complex_values and len(self._sums) > 1
+        if not is_complex and set(self._sums) == {"rr"} and not any(order is not None for order in self._orders["rr"]):
+            return self._whole("rr")
+        like = next(iter(self._sums.values()))
+        result = like.new_zeros(self._shape, dtype=torch.complex128 if is_complex else torch.float64)
+        real = result.real if is_complex else result
+        with_itself = "ii" in self._sums and "ri" not in self._sums
+        self._add_to(real, "rr")
         if "ii" in self._sums:
-            real += self._full("ii")
-        if not self.complex_values or len(self._sums) == 1:
-            return real
-        imaginary = self._full("ir") if "ir" in self._sums else torch.zeros_like(real)
-        if "ri" in self._sums:
-            imaginary -= self._full("ri")
-        elif "ii" in self._sums:
-            imaginary -= self._full("ir").T
-        return torch.complex(real, imaginary)
+            self._add_to(real, "ii")
+        if is_complex and "ir" in self._sums:
+            skew = self._add_to(like.new_zeros(self._shape), "ir")
+            result.imag.add_(skew)
+            if with_itself:
+                result.imag.sub_(skew.T)
+        if is_complex and "ri" in self._sums:
+            self._add_to(result.imag, "ri", -1)
+        return result
 
-    def _full(self, key):
-        """A sum in the order of the channels, with zeros for those that have no such part."""
-        total = self._sums[key]
+    def _whole(self, key):
+        """A sum, which is let go of; of a symmetric one the lower half is filled in."""
+        total = self._sums.pop(key)
         if key in self._symmetric:
             for rows, columns in triangle(len(total)):
                 if rows != columns:
                     total[columns, rows] = total[rows, columns].T
+        return total
+
+    def _add_to(self, result, key, sign=1):
+        """Adds a sum in the order of the channels: those that have no such part come last."""
+        total = self._whole(key)
         for axis, order in enumerate(self._orders[key]):
             total = total if order is None else total.index_select(axis, order.to(total.device))
-        full = total.new_zeros(self._shape)
-        full[: total.shape[0], : total.shape[1]] = total
-        return full
+        result[: total.shape[0], : total.shape[1]].add_(total, alpha=sign)
+        return result
 
 
 class ChannelSums:

@@ -49,10 +49,9 @@ class Accuracy:
 
 @dataclass
 class RainbowSample:
-    """A sampled network, its alignments A_j (D_j, D_j') from the reference, and the accuracy after every layer."""
+    """A sampled network, and its accuracy after every layer."""
 
     network: nn.Module
-    alignments: list[Tensor] = field(default_factory=list)
     accuracies: list[Accuracy] = field(default_factory=list)
 
 
@@ -256,7 +255,7 @@ class _Sampling:
                 W, neurons = self.sampler.draw(plan.k, generator)
                 self._set_neurons(plan, neurons)
             layer.set(transport(W.to(A.device), A))
-            self.result.alignments.append(A)
+            self._forget(plan)
         for norm in self.sampler.norms_at_the_end:
             self._calibrate(norm)
         if self.sampler.test is not None:
@@ -299,10 +298,21 @@ class _Sampling:
                 for name, product in sums.items():
                     product.add(*(Samples.of(channel_samples(values[i][name])) for i in (0, -1)))
         if cross is not None:
-            A = self.alignments[plan.key] = align(cross.finish(), layer.is_complex, rounding(cross.count))
-            self.rotations[plan.key] = self.reference.alignments[0][plan.k].to(A) @ A
-        self.rotations |= {name: align(product.total()) for name, product in sums.items()}
+            count, K = cross.count, cross.finish()
+            A = self.alignments[plan.key] = align(K, layer.is_complex, rounding(count))
+            own = self.reference.alignments[0][plan.k]
+            self.rotations[plan.key] = A if own is None else own.to(A) @ A
+        self.rotations |= {name: align(product.finish()) for name, product in sums.items()}
         return self.alignments[plan.key]
+
+    def _forget(self, plan):
+        """Lets go of what no layer after this one needs: a matrix is as large as the layer's covariance."""
+        later = self.sampler.plan[plan.k + 1 :]
+        self.alignments = {key: A for key, A in self.alignments.items() if key in {each.key for each in later}}
+        if later:
+            program = self.programs[-1]
+            live = program.live(program.place(self.new.layers[plan.k + 1].module))
+            self.rotations = {name: rotation for name, rotation in self.rotations.items() if name in live}
 
     def _set_neurons(self, plan, chosen):
         """Gives the neurons of a layer the other parameters of the trained neurons chosen."""
@@ -362,16 +372,22 @@ class _CrossCovariance:
 
     def finish(self):
         """The mean over the trained networks, aligned to the reference; sets the new network's normalisation."""
-        products = [product.total() / self.count for product in self.products]
-        warn_of_few_samples(self.layer.name, self.count, max(products[0].shape))
+        norms, means = [], []
         if self.has_norm:
             norms, means = [Norm.of(module) for module in self.modules], [sums.mean for sums in self.sums]
             norms[-1].set(means[-1], self.sums[-1].var, self.count)
-            own, *maps = [norm.affine() for norm in (norms[-1], *norms[:-1])]
-            products = [normalized_product(K, m, by, means[-1], own) for K, m, by in zip(products, means, maps)]
-        dtype = torch.promote_types(self.alignments[0].dtype, products[0].dtype)
-        turned = [A.to(K.device, dtype).mH @ K.to(dtype) for A, K in zip(self.alignments, products)]
-        return sum(turned) / len(turned)
+        turned = torch.zeros(())
+        for i, A in enumerate(self.alignments):
+            K = self.products.pop(0).finish().div_(self.count)
+            if not i:
+                warn_of_few_samples(self.layer.name, self.count, max(K.shape))
+            if self.has_norm:
+                K = normalized_product(K, means[i], norms[i].affine(), means[-1], norms[-1].affine())
+            if A is not None:
+                dtype = torch.promote_types(A.dtype, K.dtype)
+                K = A.to(K.device, dtype).mH @ K.to(dtype)
+            turned = turned.add_(K) if i else K
+        return turned.div_(len(self.alignments))
 
 
 def _accuracy(layer, batches):

@@ -121,8 +121,7 @@ def test_half_a_symmetric_product_is_the_whole():
     x, total = torch.randn(50, 700), ProductSum()
     for part in x.split(20):
         total.add(Samples.of(part))
-    for _ in range(2):
-        assert_products(total.total(), x)
+    assert_products(total.finish(), x)
 
 
 @pytest.mark.parametrize("first, second", [("r", "r"), ("r", "c"), ("c", "r"), ("c", "c")])
@@ -132,19 +131,20 @@ def test_complex_products_come_from_real_ones(first, second):
         both, real = ProductSum(), ProductSum(complex_values=False)
         for total in (both, real):
             total.add(Samples.of(a), *([Samples.of(b)] * of_two))
-            assert_products(total.total(), a, b if of_two else a)
-        assert both.total().is_complex() == ("c" in (first, second if of_two else first))
-        assert not real.total().is_complex()
+        both, real = both.finish(), real.finish()
+        assert both.is_complex() == ("c" in (first, second if of_two else first)) and not real.is_complex()
+        for found in (both, real):
+            assert_products(found, a, b if of_two else a)
 
 
 def test_products_of_more_samples_than_are_summed_at_once():
     """They err no more than those that are, however few the channels."""
     a, b, product = torch.randn(100_000, 2), torch.randn(100_000, 5), ProductSum()
     product.add(Samples.of(a), Samples.of(b))
-    assert_products(product.total(), a, b)
+    assert_products(product.finish(), a, b)
     symmetric, sums = ProductSum(), ChannelSums()
     sums.add(Samples.of(a), symmetric.add(Samples.of(a)))
-    assert_products(symmetric.total(), a)
+    assert_products(symmetric.finish(), a)
     torch.testing.assert_close(sums.var, a.double().var(0, correction=0), rtol=of_sum(100_000), atol=0)
 
 
@@ -162,7 +162,7 @@ def test_a_blocks_columns_are_its_features(make):
         products[k].add(features, samples)
         sums[k].add(samples)
     for expected, found in (
-        [each.total() for each in products],
+        [each.finish() for each in products],
         [each.mean for each in sums],
         [each.var for each in sums],
     ):
@@ -175,7 +175,7 @@ def test_sums_keep_the_digits_that_single_precision_loses():
     for _ in range(300):
         total.add(Samples.of(torch.ones(1, 1)))
         channels.add(Samples.of(torch.full((1000, 1), 1000.0)))
-    assert total.total().item() == 1e10 + 300
+    assert total.finish().item() == 1e10 + 300
     assert channels.var.item() == 0 and channels.count == 300_000
 
 
