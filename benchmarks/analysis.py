@@ -1,6 +1,7 @@
 """What the analysis costs beside the networks' own forward passes, on random images.
 
     python benchmarks/analysis.py [--images 1500] [--width 0.125] [--batch-size 128] [--threads 2] [--repeats 3]
+    python benchmarks/analysis.py --memory [--channels 410] [--device cpu]
 
 Two ratios are printed for each kind of network, medians over repeats that are measured in turn:
 
@@ -9,11 +10,17 @@ Two ratios are printed for each kind of network, medians over repeats that are m
   where activations are kept.
 - moments: the time for the second moments of all layers of five networks, over the time of their forward passes plus
   that of the matrix products alone; for the ResNet also of the patches that its convolutions meet. Allowed: 1.5.
+
+With --memory, what sampling, moments and covariances take at their peak, besides what was there, as a multiple of
+a layer's covariance: D² numbers of double precision, for a network of three layers of D = 10 times --channels. Allowed
+for sampling: 8. Moments hold the results of all their pairs and layers.
 """
 
 import argparse
 import sys
 import time
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -27,6 +34,7 @@ from models.scatnet import ScatNet  # noqa: E402
 from models.signal import Signal  # noqa: E402
 from rainbow import weight_layers  # noqa: E402
 from rainbow.alignment import MeanNetwork  # noqa: E402
+from rainbow.covariance import WeightCovariance  # noqa: E402
 from rainbow.moments import moments, stream_samples  # noqa: E402
 from rainbow.running import evaluating  # noqa: E402
 from rainbow.samples import triangle  # noqa: E402
@@ -135,6 +143,50 @@ def moments_ratio(networks, data, repeats, patches=False):
     return median(ratios)
 
 
+def memory_task(task, channels, device):
+    """What is to be measured of a skip network of four blocks, as a call, and the D of its widest layers."""
+    blocks = tuple(BlockConfig(("Fw", "rho", "Std", "Pr", "N"), kind=k % 2, Pr_size=channels) for k in range(4))
+    networks = [ScatNet(ScatNetConfig(Signal(3, 8, 8), 10, blocks, "std", False)).eval().to(device) for _ in range(2)]
+    data = [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)) for _ in range(channels * 12 // 64 + 1)]
+    reference = MeanNetwork.fit(networks[:1], data)
+    layer = reference.layers[0][-2]
+    tasks = {
+        "sampling": lambda: RainbowSampler(reference, data, memory=0).sample(),
+        "moments of a pair": lambda: moments(networks, None, data, auto=False, cross=0),
+        "covariance": lambda: WeightCovariance.fit(layer.get()),
+    }
+    return tasks[task], layer.channels
+
+
+def peak_memory(task, channels, device):
+    """Prints the peak of a task in multiples of D²; runs in a process of its own."""
+    rainbow_layers.register()
+    run, dimension = memory_task(task, channels, device)
+    with on_device(device) as peak:
+        run()
+    numbers = 8 * dimension**2
+    print(f"{task:18} {peak() / numbers:5.1f} D²  (D = {dimension}, D² = {numbers / 1e6:.0f} MB)", flush=True)
+
+
+@contextmanager
+def on_device(device):
+    """Yields a function that tells the bytes taken at the peak inside the block."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield lambda: torch.cuda.max_memory_allocated() - before
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is the present again
+    before = high_water()
+    yield lambda: high_water() - before
+
+
+def high_water():
+    """The peak of this process's memory in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1500)
@@ -142,7 +194,16 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--channels", type=int, default=410)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.memory:
+        for task in ("sampling", "moments of a pair", "covariance"):
+            child = get_context("spawn").Process(target=peak_memory, args=(task, args.channels, args.device))
+            child.start()
+            child.join()
+        return
     rainbow_layers.register()
     torch.set_num_threads(args.threads)
     data = random_images(args.images, args.batch_size)

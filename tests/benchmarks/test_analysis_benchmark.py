@@ -23,3 +23,10 @@ def test_ratios_are_measured_of_any_network():
     assert all(analysis.moments_ratio(networks, data, 1, patches) > 0 for patches in (False, True))
     kept, none = analysis.resampling_ratios(networks[0], data, 1)
     assert none > kept > 1
+
+
+def test_the_peak_of_memory_is_that_of_what_was_allocated():
+    with analysis.on_device("cpu") as peak:
+        torch.ones(1 << 24)
+        assert torch.ones(1 << 22).sum() == 1 << 22
+    assert 0.9 < peak() / (1 << 26) < 1.5
