@@ -22,7 +22,7 @@ from utils.runs.training import Training
 def main(argv=None):
     """Trains or evaluates as the command line says. Returns the exit status; raises RunError."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = options.parse(argv)
+    args = as_started(options.parse(argv), argv)
     world = ranks.join(args.device)
     try:
         session.set_precision(world.device, args.tf32)
@@ -35,6 +35,17 @@ def main(argv=None):
         return 0
     finally:
         world.leave()
+
+
+def as_started(args, argv):
+    """The arguments, read as they were when the same words started the run in their folder: by an older version."""
+    if not args.dir or args.evaluate or args.overwrite:
+        return args
+    folder = RunFolder(args.checkpoints, args.dir)
+    if not folder.is_started() or folder.description().get("argv") != argv:
+        return args
+    free = [option.field for option in options.TRAINING.options if option.free]
+    return replace(folder.args(), **{field: getattr(args, field) for field in free})
 
 
 def build(args, data, world):
@@ -58,7 +69,7 @@ def evaluate(network, datasets, args, world):
     else:
         folder = RunFolder(args.checkpoints, args.dir)
         source, checkpoint = folder.path, folder.checkpoint()
-    load_weights(network, checkpoint["state_dict"], source)
+    load_weights(network, checkpoint["state_dict"], source, args.loose_resume)
     score = Training(network, datasets, args, world, RunLog(silent=True)).validate()
     if world.is_main:
         accuracies = f"top-1 {score.acc1:.2f} %, top-5 {score.acc5:.2f} % of {score.images} images"
@@ -87,7 +98,7 @@ def train(network, datasets, args, world, argv):
                 training.state.restore(start)
             if world.is_main:
                 session.describe(folder, argv, stored_args(args, datasets), network)
-                introduce(training, args.resume if start else None)
+                introduce(training, start)
             training.run()
 
 
@@ -112,7 +123,10 @@ def starting_point(network, args, folder):
     if args.overwrite and folder.path.resolve() in source.resolve().parents:
         raise UserError(f"--resume {source}: --overwrite would remove it; give another --dir")
     checkpoint = load(source)
-    load_weights(network, checkpoint["state_dict"], source)
+    left_out = load_weights(network, checkpoint["state_dict"], source, args.loose_resume)
+    if left_out:  # the state of its optimiser does not fit either
+        checkpoint = {**checkpoint, "left_out": left_out}
+        checkpoint.pop("tally", None)
     if not args.restart and int(checkpoint.get("epoch", 0)) >= args.epochs:
         left = f"nothing is left of --epochs {args.epochs} (--restart takes only the weights)"
         raise UserError(f"{source} is after epoch {checkpoint['epoch']}: {left}")
@@ -131,8 +145,8 @@ def take_over(folder, args, origin):
     return folder.checkpoint(repair=True) if origin else None
 
 
-def introduce(training, resumed):
-    """Says what will run, on what, and where. `resumed`: the checkpoint that a new run starts from, or None."""
+def introduce(training, start):
+    """Says what will run, on what, and where. `start`: the checkpoint that a new run starts from, or None."""
     args, world, datasets = training.args, training.world, training.datasets
     state, say = training.state, training.log.say
     total, learned = session.count_parameters(training.network)
@@ -147,8 +161,10 @@ def introduce(training, resumed):
         say(f"{world.size} processes share each batch of {args.batch_size} images; {rate}")
     if state.left_out:
         say(f"{state.left_out} images of each epoch are left out: they are fewer than the processes")
-    if resumed:
-        say(f"weights from {resumed}" + ("" if args.restart else f", resumed after epoch {state.epoch}"))
+    if start:
+        say(f"weights from {args.resume}" + ("" if args.restart else f", resumed after epoch {state.epoch}"))
+        if "left_out" in start:
+            say(f"what did not fit is left out: {'; '.join(start['left_out'][:5])} ({len(start['left_out'])} in all)")
     elif state.epoch >= args.epochs:
         say(f"already finished: all {state.epoch} epochs are done")
     elif state.history.rows:

@@ -91,7 +91,7 @@ def build_module(name, signal, config):
         "R": lambda: RealImaginary(signal),
         "C": lambda: RealImaginary(signal, inverse=True),
         "B": lambda: Branches(sequence(config.left_arch), sequence(config.right_arch)),
-        "FrhoF": lambda: Frame(signal, config.dictionary_size, config.dictionary_non_linearity),
+        "FrhoF": lambda: Frame(signal, config),
         **dict.fromkeys(PROJECTIONS, lambda: Projection(name, signal, config)),
     }
     return builders[name]()

@@ -43,6 +43,9 @@ class BlockConfig:
     orthogonal: bool = False
     dictionary_size: int = 2048
     dictionary_non_linearity: str = "relu"
+    dictionary_threshold: float = 1.0  # λ*: the threshold is λ*/√(atoms)
+    dictionary_delta: float = 0.01
+    dictionary_norms: float = 0.0  # the greatest ratio of two atoms' norms, or 0: any
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,8 @@ class ScatNetConfig:
     classifier_batch_norm: str = "affine"  # or "std", "none"
     classifier_bias: bool = True
     average_pooling: bool = False
+    average_kernel: int = 1
+    identity_classifier: bool = False
     mix_input: bool = False
     yuv: bool = False
     regularization: str | None = None  # or "parseval", "quadrature"
@@ -67,8 +72,9 @@ class StandardConfig:
 
     width: every number of channels w becomes int(width·w). batch_norm: "none", "pre" (before the non-linearity, as
     torchvision) or "post" (after it). bias: affine batch norm and biases of the layers before the last;
-    classifier_bias: that of the last. pretrained: torchvision's ImageNet weights (torchvision's own networks only).
-    Raises ValueError for values outside these.
+    classifier_bias: that of the last. non_linearity: a name, or names that take turns in the order of the layers;
+    init_gain, init_bias: where their numbers start. pretrained: torchvision's ImageNet weights (torchvision's own
+    networks only). Raises ValueError for values outside these.
     """
 
     name: str
@@ -78,12 +84,15 @@ class StandardConfig:
     batch_norm: str = "pre"
     bias: bool = True
     classifier_bias: bool = True
-    non_linearity: str = "relu"
+    non_linearity: str | tuple[str, ...] = "relu"
+    init_gain: float = 1.0
+    init_bias: float = 0.0
     pretrained: bool = False
 
     def __post_init__(self):
         check_choice("batch norm", self.batch_norm, BATCH_NORMS)
-        check_choice("non-linearity", self.non_linearity, STANDARD_NON_LINEARITIES)
+        for name in self.non_linearities:
+            check_choice("non-linearity", name, STANDARD_NON_LINEARITIES)
         if self.num_classes < 1:
             raise ValueError(f"a network needs at least one class, not {self.num_classes}")
         if self.input.complex:
@@ -91,6 +100,11 @@ class StandardConfig:
         if self.pretrained and self.name.endswith("-custom"):
             plain = self.name.removesuffix("-custom")
             raise ValueError(f"only torchvision's own networks have trained weights: {plain}, not {self.name}")
+
+    @property
+    def non_linearities(self) -> tuple:
+        """The names that take turns."""
+        return (self.non_linearity,) if isinstance(self.non_linearity, str) else self.non_linearity
 
     def scaled(self, channels: int) -> int:
         """int(width·channels); raises ValueError if nothing is left."""

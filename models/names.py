@@ -23,17 +23,19 @@ PLAIN = "plain"  # the kind of a wavelet transform of whole octaves
 
 # Non-linearities, each with the numbers it has: a bias b, a gain g.
 NON_LINEARITIES = {"mod": "", "abs": "", "relu": "b", "cst": "b", "mc": "", "ms": "bg", "tanh": "g", "pow": "bg"}
-STANDARD_NON_LINEARITIES = {
+STANDARD_NON_LINEARITIES = {  # g, b: learned per channel
     "relu": "",
     "abs": "",
     "absdead": "b",
     "thresh": "b",
-    "tanh": "bg",
-    "sigmoid": "bg",
+    "tanh": "",
+    "sigmoid": "g",
     "pow": "bg",
-    "powfixed": "b",
+    "powfixed": "",
 }
-FRAME_NON_LINEARITIES = ("relu", "abs", "tanh")
+FRAME_NON_LINEARITIES = tuple(
+    "relu modulus softshrink softmodulus hardshrink id gate triang sigmo sigmo_deriv abs tanh".split()
+)
 
 BATCH_NORMS = ("none", "pre", "post")
 CLASSIFIER_BATCH_NORMS = ("affine", "std", "none")

@@ -6,27 +6,29 @@ from torch import nn
 from models.names import NON_LINEARITIES, STANDARD_NON_LINEARITIES, check_choice
 
 _TINY = 1e-6
+_SMALLEST = 1e-18  # below it, powers have no gradient
 
 
-def _squash(t):
-    return t / (1 + t)
+def _power(r, b, g):
+    """t/(1 + t) of t = e^b r^g."""
+    return torch.sigmoid(b + g * r.clamp_min(_SMALLEST).log())
 
 
 _MODULI = {  # |ρ(z)| of r = |z|, a bias b and a gain g
     "mc": lambda r, b, g: 1.0,
     "ms": lambda r, b, g: torch.sigmoid(g * r + b),
     "tanh": lambda r, b, g: torch.tanh(g * r),
-    "pow": lambda r, b, g: _squash(torch.exp(b) * r**g),
+    "pow": _power,
 }
 _STANDARD = {  # ρ(x) of a real x
     "relu": lambda x, b, g: x.relu(),
     "abs": lambda x, b, g: x.abs(),
-    "absdead": lambda x, b, g: (x.abs() - b).relu(),  # with a dead zone
-    "thresh": lambda x, b, g: x.sign() * (x.abs() - b).relu(),  # the soft threshold
-    "tanh": lambda x, b, g: torch.tanh(g * x + b),
-    "sigmoid": lambda x, b, g: torch.sigmoid(g * x + b),
-    "pow": lambda x, b, g: x.sign() * _squash(b.exp() * (x.abs() + _TINY) ** g),
-    "powfixed": lambda x, b, g: x.sign() * _squash(b.exp() * (x.abs() + _TINY)),
+    "absdead": lambda x, b, g: (x - b).relu() + (-x - b).relu(),  # with a dead zone
+    "thresh": lambda x, b, g: (x - b).relu() - (-x - b).relu(),  # the soft threshold
+    "tanh": lambda x, b, g: x.tanh(),
+    "sigmoid": lambda x, b, g: torch.sigmoid(g * x.abs() + b) / (x.abs() + _TINY) * x,
+    "pow": lambda x, b, g: _power(x.abs(), b, g.exp()) / (x.abs() + _TINY) * x,
+    "powfixed": lambda x, b, g: x / (1 + x.abs()),
 }
 
 
@@ -80,23 +82,26 @@ class NonLinearity(nn.Module):
 
 
 class StandardNonLinearity(nn.Module):
-    """One of STANDARD_NON_LINEARITIES on real (B, C, M, N) or (B, C).
+    """One of STANDARD_NON_LINEARITIES on real (B, C, M, N) or (B, C), with the authors' formulas.
 
-    The gain g and bias b that it has are learned per channel and start at 1 and 0. Raises ValueError for an unknown
-    name.
+    The gain g and bias b start at the numbers given; those that STANDARD_NON_LINEARITIES names are learned per channel.
+    Raises ValueError for an unknown name.
     """
 
-    def __init__(self, name: str, channels: int):
+    def __init__(self, name: str, channels: int, gain: float = 1.0, bias: float = 0.0):
         super().__init__()
         check_choice("non-linearity", name, STANDARD_NON_LINEARITIES)
         self.name = name
-        self.gain = nn.Parameter(torch.ones(channels)) if "g" in STANDARD_NON_LINEARITIES[name] else None
-        self.bias = nn.Parameter(torch.zeros(channels)) if "b" in STANDARD_NON_LINEARITIES[name] else None
+        for what, start in (("gain", gain), ("bias", bias)):
+            number = torch.full((channels,), start)
+            if what[0] in STANDARD_NON_LINEARITIES[name]:
+                setattr(self, what, nn.Parameter(number))
+            else:
+                self.register_buffer(what, number, persistent=False)
 
     def forward(self, x):
-        numbers = self.bias, self.gain
-        shaped = (n if n is None else n.view((-1,) + (1,) * (x.dim() - 2)) for n in numbers)  # (C, 1, 1) or (C,)
-        return _STANDARD[self.name](x, *shaped)
+        numbers = (n.view((-1,) + (1,) * (x.dim() - 2)) for n in (self.bias, self.gain))  # (C, 1, 1) or (C,)
+        return _STANDARD[self.name](x, *numbers)
 
     def extra_repr(self):
         return self.name

@@ -50,18 +50,6 @@ class Projection(nn.Module):
             x = apply_weight(self.basis, x)
         return apply_weight(self.weight, x)
 
-    @torch.no_grad()
-    def parseval_step(self, beta):
-        """W <- (1 + β) W - β W Wᴴ W: towards a partial isometry."""
-        w = self.weight
-        w.copy_((1 + beta) * w - beta * (w @ w.mH @ w))
-
-    @torch.no_grad()
-    def quadrature_step(self, beta):
-        """W <- W - β W Wᵀ W̄: real and imaginary parts of the rows towards quadrature."""
-        w = self.weight
-        w.copy_(w - beta * (w @ w.mT @ w.conj()))
-
     def extra_repr(self):
         rows, columns = self.weight.shape
         kind = "complex" if self.weight.is_complex() else "real"
@@ -69,21 +57,32 @@ class Projection(nn.Module):
 
 
 def initial_weight(rows, columns, dtype, config):
-    """W (rows, columns) at the start: given, or Gaussian of given variances along the input, or the default.
-
-    By default real weights start as `nn.Conv2d`'s, complex or `orthogonal` ones as a uniformly drawn partial isometry,
-    the polar factor of a Gaussian matrix.
-    """
+    """W (rows, columns) at the start: given, or Gaussian of given variances along the input, or the default."""
     if config.projection_initialization is not None:
         return _fitting(config.projection_initialization, (rows, columns), "initial weights").to(dtype)
     if config.projection_eigenvalues is not None:
         variances = _fitting(config.projection_eigenvalues, (columns,), "eigenvalues")
         return torch.randn(rows, columns, dtype=dtype) * variances.sqrt()
-    if dtype.is_complex or config.orthogonal:
+    return default_weight(rows, columns, dtype, config.orthogonal)
+
+
+def default_weight(rows, columns, dtype, orthogonal):
+    """Real weights (rows, columns) as `nn.Conv2d`'s; complex or orthogonal ones a uniformly drawn partial isometry."""
+    if dtype.is_complex or orthogonal:
         u, _, vh = torch.linalg.svd(torch.randn(rows, columns, dtype=dtype), full_matrices=False)
         return u @ vh
     bound = 1 / math.sqrt(columns)
     return torch.empty(rows, columns).uniform_(-bound, bound)
+
+
+def parseval_step(w, beta):
+    """W <- (1 + β) W - β W Wᴴ W: towards a partial isometry."""
+    w.copy_((1 + beta) * w - beta * (w @ w.mH @ w))
+
+
+def quadrature_step(w, beta):
+    """W <- W - β W Wᵀ W̄: real and imaginary parts of the rows towards quadrature."""
+    w.copy_(w - beta * (w @ w.mT @ w.conj()))
 
 
 def _fitting(tensor, shape, what):

@@ -157,7 +157,7 @@ class ClassifierStep(Step):
         super().__init__("scores", (source,), classify, classifier)
 
     def norm_of(self, layer):
-        return self.holder.bn if layer is self.holder.linear and not self.holder.average else None
+        return self.holder.bn if layer is self.holder.linear and not self.holder.averages else None
 
 
 def samples_of_columns(block, columns):

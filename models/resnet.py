@@ -3,8 +3,7 @@
 from torch import nn
 
 from models.config import StandardConfig
-from models.nonlinearity import StandardNonLinearity
-from models.standard import batch_norm, in_order, initialize_convolutions
+from models.standard import batch_norm, in_order, initialize_convolutions, non_linearities
 
 _BASIC, _BOTTLENECK = 1, 4  # the output channels of a block, relative to its width
 RESNETS = {
@@ -21,10 +20,10 @@ class ResidualBlock(nn.Module):
     3×3, 1×1 (expansion 4), and a shortcut, projected by a 1×1 convolution where the shape changes.
 
     The last non-linearity follows the sum; the last batch norm precedes the sum ("pre") or follows that non-linearity
-    ("post", where the projection of the shortcut has none).
+    ("post", where the projection of the shortcut has none). `make`: makes the next non-linearity, of so many channels.
     """
 
-    def __init__(self, config: StandardConfig, channels: int, width: int, expansion: int, stride: int):
+    def __init__(self, config: StandardConfig, make, channels: int, width: int, expansion: int, stride: int):
         super().__init__()
         out = expansion * width
         layers = [(width, 3, stride), (out, 3, 1)]
@@ -36,7 +35,7 @@ class ResidualBlock(nn.Module):
         for i, (outputs, size, step) in enumerate(layers, 1):
             self.add_module(f"conv{i}", _convolution(config, inputs, outputs, size, step))
             self.add_module(f"bn{i}", batch_norm(config, outputs))
-            self.add_module(f"non_linearity{i}", StandardNonLinearity(config.non_linearity, outputs))
+            self.add_module(f"non_linearity{i}", make(outputs))
             inputs = outputs
         self.downsample = None
         if stride != 1 or channels != out:
@@ -63,11 +62,11 @@ class ResNet(nn.Module):
 
     def __init__(self, config: StandardConfig):
         super().__init__()
-        expansion, depths = RESNETS[config.name]
+        (expansion, depths), make = RESNETS[config.name], non_linearities(config)
         channels = config.scaled(64)
         self.conv1 = _convolution(config, config.input.channels, channels, 7, 2)
         self.bn1 = batch_norm(config, channels)
-        self.non_linearity = StandardNonLinearity(config.non_linearity, channels)
+        self.non_linearity = make(channels)
         self.stem = in_order(config, "bn1", "non_linearity")
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         for stage, depth in enumerate(depths, 1):
@@ -75,7 +74,7 @@ class ResNet(nn.Module):
             blocks = []
             for b in range(depth):
                 stride = 2 if stage > 1 and b == 0 else 1
-                blocks.append(ResidualBlock(config, channels, width, expansion, stride))
+                blocks.append(ResidualBlock(config, make, channels, width, expansion, stride))
                 channels = expansion * width
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)

@@ -6,8 +6,9 @@ from torch import nn
 from models.block import Block
 from models.classifier import Classifier
 from models.config import ScatNetConfig
+from models.frame import Frame
 from models.planar import from_planar, to_planar
-from models.projection import Projection, apply_weight
+from models.projection import Projection, apply_weight, parseval_step, quadrature_step
 
 RGB_TO_YUV = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))
 
@@ -45,9 +46,7 @@ class ScatNet(nn.Module):
             except ValueError as error:
                 raise ValueError(f"block {index} of {len(config.blocks)}: {error}") from None
             signal = self.blocks[-1].out
-        self.classifier = Classifier(
-            signal, config.num_classes, config.classifier_batch_norm, config.classifier_bias, config.average_pooling
-        )
+        self.classifier = Classifier(signal, config)
 
     def forward(self, x):
         x = self.mix(x)
@@ -64,9 +63,17 @@ class ScatNet(nn.Module):
         """All projections, in the order of the blocks."""
         return [module for module in self.blocks.modules() if isinstance(module, Projection)]
 
+    def regularized(self):
+        """The learned weights that the chosen regularisation is for: those of projections and frames."""
+        if self.config.regularization is None:
+            return []
+        weights = [projection.weight for projection in self.projections()]
+        weights += [m.frame for m in self.modules() if isinstance(m, Frame)]
+        return [w for w in weights if w.requires_grad]
+
     def parameter_groups(self, weight_decay):
-        """Parameters for an optimiser: regularised projections have no weight decay."""
-        free = {id(p.weight) for p in self.projections()} if self.config.regularization else set()
+        """Parameters for an optimiser: regularised weights have no weight decay."""
+        free = {id(w) for w in self.regularized()}
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if id(p) not in free], "weight_decay": weight_decay},
@@ -74,10 +81,12 @@ class ScatNet(nn.Module):
         ]
         return [group for group in groups if group["params"]]
 
+    @torch.no_grad()
     def after_step(self):
-        """What follows every optimiser step: the chosen regularisation of the learned projections."""
-        if self.config.regularization is None:
-            return
-        for projection in self.projections():
-            if projection.weight.requires_grad:
-                getattr(projection, f"{self.config.regularization}_step")(self.config.beta)
+        """What follows every optimiser step: norms of frames, and the chosen regularisation."""
+        for module in self.modules():
+            if isinstance(module, Frame):
+                module.normalize()
+        step = parseval_step if self.config.regularization == "parseval" else quadrature_step
+        for weight in self.regularized():
+            step(weight, self.config.beta)

@@ -1,8 +1,12 @@
 """What standard networks share: batch norm, its place, the initial convolutions, the images' order in memory."""
 
+import itertools
+from collections.abc import Callable
+
 from torch import nn
 
 from models.config import StandardConfig
+from models.nonlinearity import StandardNonLinearity
 
 
 def batch_norm(config: StandardConfig, channels: int) -> nn.Module:
@@ -10,6 +14,12 @@ def batch_norm(config: StandardConfig, channels: int) -> nn.Module:
     if config.batch_norm == "none":
         return nn.Identity()
     return nn.BatchNorm2d(channels, affine=config.bias)
+
+
+def non_linearities(config: StandardConfig) -> Callable[[int], nn.Module]:
+    """What makes the next non-linearity of a network, for so many channels."""
+    names = itertools.cycle(config.non_linearities)
+    return lambda channels: StandardNonLinearity(next(names), channels, config.init_gain, config.init_bias)
 
 
 def in_order(config: StandardConfig, norm, non_linearity) -> tuple:

@@ -3,8 +3,7 @@
 from torch import nn
 
 from models.config import StandardConfig
-from models.nonlinearity import StandardNonLinearity
-from models.standard import batch_norm, in_order, initialize_convolutions
+from models.standard import batch_norm, in_order, initialize_convolutions, non_linearities
 
 _WIDTHS = (64, 128, 256, 512, 512)  # a maximum over 2×2 pixels after the convolutions of each width
 _HIDDEN = 4096
@@ -30,18 +29,17 @@ class VGG(nn.Module):
         smallest = 2 ** len(_WIDTHS)
         if min(height, width) < smallest:
             raise ValueError(f"{config.name} needs images of at least {smallest}×{smallest}, not {height}×{width}")
-        layers, channels = [], config.input.channels
+        layers, channels, make = [], config.input.channels, non_linearities(config)
         for outputs, depth in zip(_WIDTHS, VGGS[config.name]):
             outputs = config.scaled(outputs)
             for _ in range(depth):
-                non_linearity = StandardNonLinearity(config.non_linearity, outputs)
                 layers.append(nn.Conv2d(channels, outputs, 3, padding=1, bias=config.bias))
-                layers.extend(in_order(config, batch_norm(config, outputs), non_linearity))
+                layers.extend(in_order(config, batch_norm(config, outputs), make(outputs)))
                 channels = outputs
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(_POOLED)
-        self.classifier = _classifier(config, channels * _POOLED**2)
+        self.classifier = _classifier(config, channels * _POOLED**2, make)
         initialize_convolutions(self)
 
     def forward(self, x):
@@ -49,12 +47,12 @@ class VGG(nn.Module):
         return self.classifier(x.flatten(1))
 
 
-def _classifier(config, inputs):
+def _classifier(config, inputs, make):
     """(B, inputs) -> (B, num_classes) through two hidden layers; weights of variance 1e−4, as torchvision's."""
     layers, hidden = [], config.scaled(_HIDDEN)
     for _ in range(2):
         layers.append(nn.Linear(inputs, hidden, bias=config.bias))
-        layers.append(StandardNonLinearity(config.non_linearity, hidden))
+        layers.append(make(hidden))
         layers.append(nn.Dropout())
         inputs = hidden
     layers.append(nn.Linear(inputs, config.num_classes, bias=config.classifier_bias))

@@ -138,6 +138,18 @@ def test_a_checkpoint_of_an_epoch_starts_another_run():
         train("norm", "more", "--resume", "whole")
 
 
+@pytest.mark.parametrize("restart", [[], ["--restart"]])
+def test_a_checkpoint_of_a_narrower_network_gives_what_fits(restart):
+    before = train("norm", "narrow", "--epochs", "1")["state_dict"]
+    argv = ["--Pr-size", "4", "12", "--resume", "narrow", "--loose-resume", *restart]
+    after = train("norm", "wide", *argv, "--lr", "0", "--wd", "0", "--epochs", "2")
+    assert [row["epoch"] for row in after["history"]] == ([0, 1, 2] if restart else [1, 2])
+    name = "blocks.0.body.Pr.weight"
+    assert torch.equal(after["state_dict"][name], before[name])
+    log = Path("checkpoints/wide/log.txt").read_text()
+    assert "what did not fit is left out: blocks.1.body.Pr.weight is 8×20, expected 12×20" in log
+
+
 def test_retraining_the_classifier_resumes_exactly():
     trained = train("norm", "trained", "--epochs", "1")
     start = ["--resume", "trained/last.pt", "--restart"]

@@ -23,7 +23,7 @@ from utils.runs.samples import read_rows
 WIDTHS = (16, 32, 64, 64)
 RECIPE = (
     "--digits --epochs 6 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 32 --wd 0 --psi-arch mod "
-    "--n-blocks 4 --factorize-filters 0 --scattering-wph 1 --scat-angles 4 --classifier-batch-norm std "
+    "--n-blocks 4 --factorize-filters 0 --scattering-wph 1 --scat-angles 4 4 4 4 --classifier-batch-norm std "
     "--no-classifier-bias --device cpu"
 ).split()
 
@@ -157,7 +157,8 @@ def test_a_killed_process_leaves_what_the_next_one_finishes(root, sampled):
 
 @pytest.mark.parametrize("kind", ["Pr", "Pc"])
 def test_complex_networks_are_sampled_at_other_widths(tmp_path, kind):
-    more = ["-a", f"Fw rho Std {kind} N", "--psi-arch", "", "--n-blocks", "2", f"--{kind}-size", "4", "6"]
+    blocks = "--n-blocks 2 --scat-angles 4 4".split()
+    more = ["-a", f"Fw rho Std {kind} N", "--psi-arch", "", *blocks, f"--{kind}-size", "4", "6"]
     main_block.main([*RECIPE, *more, "--epochs", "0", "--checkpoints", str(tmp_path), "--dir", "trained"])
     run(tmp_path, "trained", "--num-atoms", 8, 5, "--dir", "wide", "--method", "orthogonal", "--align-test")
     network, args, *_ = load_network(tmp_path / "wide" / "checkpoint_repeat0.pt")

@@ -7,12 +7,12 @@ from utils.runs.checkpoints import load
 
 COMMON = (
     "--digits --data-subset 0:20 --epochs 3 --learning-rate-adjust-frequency 2 --lr 0.05 --batch-size 64 "
-    "--device cpu --n-blocks 2 --factorize-filters 0 --scat-angles 4 --classifier-batch-norm std "
+    "--device cpu --n-blocks 2 --factorize-filters 0 --scat-angles 4 4 --classifier-batch-norm std "
     "--no-classifier-bias"
 ).split()
 NETWORKS = {
     "norm": ["-a", "Fw Std Pr N", "--psi-arch", "mod", "--Pr-size", "4", "8"],
-    "frozen": ["-a", "Fw Std Pr N", "--psi-arch", "mod", "--Pr-size", "4", "8", "--freeze-P", "1"],
+    "frozen": ["-a", "Fw Std Pr N", "--psi-arch", "mod", "--Pr-size", "4", "8", "--freeze-P", "1", "1"],
     "complex": ["-a", "Fw rho Std Pc", "--Pc-size", "4"],
     "parseval": ["-a", "Fw Std Pr", "--psi-arch", "mod", "--Pr-size", "4", "--pars-reg"],
     "vgg": ["--arch", "vgg11-custom", "--standard-width-scaling", "0.03", "--resize-images", "32"],

@@ -7,6 +7,7 @@ import torch
 
 from models import build
 from models.config import BlockConfig, ScatNetConfig
+from models.names import FRAME_NON_LINEARITIES
 from models.nonlinearity import NonLinearity
 from models.signal import Signal, output_size, padding_indices
 
@@ -128,3 +129,93 @@ def test_fixed_projection_and_given_variances():
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     with pytest.raises(ValueError, match="takes 7 channels"):
         block_network("Fw Std Pr", psi_arch=("mod",), Pr_size=4, projection_basis=torch.ones(2, 7))
+
+
+def frame_network(**options):
+    return block_network("Fw R FrhoF", dictionary_size=50, **options)
+
+
+FRAMES = {  # of x, λ, δ, as the authors' program has them
+    "relu": lambda x, t, d: (x - t).clamp(min=0),
+    "modulus": lambda x, t, d: x.abs(),
+    "softshrink": lambda x, t, d: x.sign() * (x.abs() - t).clamp(min=0),
+    "softmodulus": lambda x, t, d: (x.abs() - t).clamp(min=0),
+    "hardshrink": lambda x, t, d: torch.where(x.abs() > t, x, 0),
+    "id": lambda x, t, d: x,
+    "gate": lambda x, t, d: ((x > t) & (x <= t + d)).float(),
+    "triang": lambda x, t, d: (1 - (x - t).abs() / d).clamp(min=0),
+    "sigmo": lambda x, t, d: 1 / (1 + torch.exp((t - x) / d)),
+    "sigmo_deriv": lambda x, t, d: 1 / (2 + torch.exp((t - x) / d) + torch.exp((x - t) / d)),
+    "abs": lambda x, t, d: x.abs(),
+    "tanh": lambda x, t, d: x.tanh(),
+}
+
+
+@pytest.mark.parametrize("name", FRAME_NON_LINEARITIES)
+def test_a_frame_has_the_threshold_of_its_atoms(name):
+    """x ↦ Fᵀ ρ(F x), the threshold λ*/√(atoms)."""
+    options = {"dictionary_non_linearity": name, "dictionary_threshold": 0.7, "dictionary_delta": 0.3}
+    frame = frame_network(**options).blocks[0].body.FrhoF
+    x, F = torch.randn(2, 30, 4, 4), frame.frame
+    expected = torch.einsum("ac,bamn->bcmn", F, FRAMES[name](torch.einsum("ac,bcmn->bamn", F, x), 0.7 / 50**0.5, 0.3))
+    torch.testing.assert_close(frame(x), expected, atol=1e-5, rtol=1e-5)
+    assert F.abs().max() <= 30**-0.5  # a convolution's weights
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.1, 0.0])
+def test_norms_of_atoms_stay_within_their_ratio(ratio):
+    """After every step, around √(min(C, atoms)/atoms), and as they are for 0."""
+    net = frame_network(dictionary_norms=ratio)
+    frame = net.blocks[0].body.FrhoF.frame
+    for scale in (1, 3, 0.1):
+        with torch.no_grad():
+            frame[0] *= scale
+        before = frame.detach().clone()
+        net.after_step()
+        norms, centre = frame.norm(dim=1), (30 / 50) ** 0.5
+        if ratio:
+            assert (norms <= centre * ratio**0.5 + 1e-6).all() and (norms >= centre / ratio**0.5 - 1e-6).all()
+            cosines = torch.cosine_similarity(frame, before)
+            torch.testing.assert_close(cosines, torch.ones(50))
+        else:
+            assert torch.equal(frame, before)
+    with pytest.raises(ValueError, match="--dict-norm 0.5: a ratio of norms is at least 1"):
+        frame_network(dictionary_norms=0.5)
+
+
+def test_frames_are_regularised_as_projections_are():
+    net = build(
+        ScatNetConfig(RGB, 10, frame_network(orthogonal=True).config.blocks, regularization="parseval", beta=0.3)
+    )
+    frame = net.blocks[0].body.FrhoF.frame
+    torch.testing.assert_close(frame.T @ frame, torch.eye(30), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        frame *= 1.05
+    for _ in range(20):
+        net.after_step()
+    torch.testing.assert_close(frame.T @ frame, torch.eye(30), atol=1e-4, rtol=0)
+    assert net.parameter_groups(1e-4)[1] == {"params": [frame], "weight_decay": 0.0}
+
+
+def test_the_classifier_averages_over_windows_or_is_the_identity():
+    block = BlockConfig(("Fw", "Std", "Pr"), psi_arch=("mod",), Pr_size=10)
+    whole, windows, none = (
+        build(ScatNetConfig(RGB, 10, (block,), **options)).eval()
+        for options in ({"average_pooling": True, "average_kernel": 3}, {"average_kernel": 3}, {"average_kernel": 1})
+    )
+    sizes = [net.classifier.linear.in_features for net in (whole, windows, none)]
+    assert sizes == [10, 10 * 14 * 14, 10 * 16 * 16]
+    x = torch.randn(2, 10, 16, 16)
+    means = torch.stack([x[:, :, i : i + 14, j : j + 14] for i in range(3) for j in range(3)]).mean(0)
+    expected = windows.classifier.linear(windows.classifier.bn(means).flatten(1))
+    torch.testing.assert_close(windows.classifier(x), expected, atol=1e-5, rtol=1e-5)
+    identity = build(ScatNetConfig(RGB, 10, (block,), identity_classifier=True, average_pooling=True)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    features = identity.classifier.bn(identity.blocks[0](images)).mean((2, 3))
+    torch.testing.assert_close(identity(images), features)
+    for options, message in (
+        ({"identity_classifier": True}, "--identity-classifier: 2560 numbers leave the blocks for 10 classes"),
+        ({"average_kernel": 17}, "--avg-ker-size 17: windows of 17×17 do not fit maps of 16×16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(ScatNetConfig(RGB, 10, (block,), **options))

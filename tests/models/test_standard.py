@@ -96,35 +96,49 @@ def test_on_a_cpu_channels_never_lie_last_in_memory(config, channels):
     assert all(x.stride(1) == x.shape[2] * x.shape[3] for x in seen)
 
 
-AT_THE_START = {  # the function, and the numbers it learns
-    "relu": (torch.relu, set()),
-    "abs": (torch.abs, set()),
-    "absdead": (torch.abs, {"bias"}),
-    "thresh": (lambda x: x, {"bias"}),
-    "tanh": (torch.tanh, {"gain", "bias"}),
-    "sigmoid": (torch.sigmoid, {"gain", "bias"}),
-    "pow": (lambda x: x / (1 + x.abs()), {"gain", "bias"}),
-    "powfixed": (lambda x: x / (1 + x.abs()), {"bias"}),
+def pow_(x, b, g):
+    t = b.exp() * x.abs() ** g.exp()
+    return t / ((1 + t) * (x.abs() + 1e-6)) * x
+
+
+FORMULAS = {  # the authors', of a bias and a gain, and those of the two that are learned
+    "relu": (lambda x, b, g: x.relu(), set()),
+    "abs": (lambda x, b, g: x.abs(), set()),
+    "absdead": (lambda x, b, g: (x - b).relu() + (-x - b).relu(), {"bias"}),
+    "thresh": (lambda x, b, g: (x - b).relu() - (-x - b).relu(), {"bias"}),
+    "tanh": (lambda x, b, g: x.tanh(), set()),
+    "sigmoid": (lambda x, b, g: torch.sigmoid(g * x.abs() + b) / (x.abs() + 1e-6) * x, {"gain"}),
+    "pow": (pow_, {"gain", "bias"}),
+    "powfixed": (lambda x, b, g: x / (1 + x.abs()), set()),
 }
 
 
+@pytest.mark.parametrize("gain, bias", [(1.0, 0.0), (-0.7, 0.4), (0.3, -0.4)])
 @pytest.mark.parametrize("name", STANDARD_NON_LINEARITIES)
-def test_non_linearities(name):
-    """Their values and parameters at the start; all parameters learn, each for its channel."""
+def test_non_linearities_are_the_authors(name, gain, bias):
+    """Their values and numbers at the start; what is learned, is for each channel, with finite gradients at 0 too."""
     x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])[:, None, None, None].repeat(1, 2, 1, 1)  # (5, 2, 1, 1)
-    function, (start, names) = StandardNonLinearity(name, 2), AT_THE_START[name]
-    torch.testing.assert_close(function(x), start(x), atol=1e-5, rtol=1e-5)
+    function, (formula, learned) = StandardNonLinearity(name, 2, gain, bias), FORMULAS[name]
+    expected = formula(x, torch.tensor(bias), torch.tensor(gain))
+    torch.testing.assert_close(function(x), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(function(x[:, :, 0, 0]), function(x)[:, :, 0, 0])
-    learned = dict(function.named_parameters())
-    assert set(learned) == names
-    if learned:
-        (function(x) + 1).square().sum().backward()
-        assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in learned.values())
+    x.requires_grad_()
+    assert set(dict(function.named_parameters())) == set(function.state_dict()) == learned
+    (function(x) + 1).square().sum().backward()
+    assert all(n.grad.isfinite().all() and n.grad.any() for n in (x, *function.parameters()))
+    for parameter in function.parameters():
+        before = function(x)[:, 0]
         with torch.no_grad():
-            learned["bias"][1] = 0.7
-        assert not torch.equal(*function(x).unbind(1))
-    if name in ("absdead", "thresh"):
-        assert function(x)[1:4, 1].abs().max() == 0
+            parameter[1] = 0.9
+        assert torch.equal(function(x)[:, 0], before) and not torch.equal(*function(x).unbind(1))
+
+
+@pytest.mark.parametrize("config", [TINY, replace(TINY, name="resnet50-custom"), VGG_TINY])
+def test_non_linearities_take_turns_in_the_order_of_the_layers(config):
+    network = build(replace(config, non_linearity=("relu", "sigmoid", "pow"), init_gain=0.5))
+    found = [m for m in network.modules() if isinstance(m, StandardNonLinearity)]
+    assert [m.name for m in found] == [("relu", "sigmoid", "pow")[i % 3] for i in range(len(found))]
+    assert all(torch.equal(m.gain, torch.full_like(m.gain, 0.5)) for m in found)
 
 
 @pytest.mark.parametrize("config", [TINY, VGG_TINY])

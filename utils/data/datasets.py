@@ -42,8 +42,12 @@ def load_datasets(args) -> Datasets:
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if args.classes_subset is not None:
-        train, val = _choose_classes(train, args.classes_subset), _choose_classes(val, args.classes_subset)
-    train = _choose_images(train, args.data_subset, args.randomize_labels)
+        train, val = (_choose_classes(each, args.classes_subset) for each in (train, val))
+    indices = _chosen_images(train, args.data_subset)
+    if args.randomize_labels is not None:
+        train, val = (_with_random_labels(each, args.randomize_labels) for each in (train, val))
+    if indices is not None:
+        train = train.select(indices, train.labels[indices], train.num_classes)
     signal = Signal(*train.image_shape, complex=False)
     return Datasets(train, val, train.num_classes, signal, args.dataset)
 
@@ -87,31 +91,40 @@ def _resized(images, size):
     return _in_chunks(resize, images)
 
 
-def _choose_classes(images, interval):
-    """The images of the classes in `interval` [start, stop, step], renumbered from 0."""
-    classes = torch.arange(images.num_classes)[slice(*interval)]
-    new = torch.full((images.num_classes,), -1)
-    new[classes] = torch.arange(len(classes))
-    labels = new[images.labels]
-    indices = (labels >= 0).nonzero()[:, 0]
+def _choose_classes(images, chosen):
+    """The images of the classes in [start, stop, step], renumbered from 0, or of those in {"classes": …}, which keep
+    their numbers."""
+    if isinstance(chosen, dict):
+        indices = torch.isin(images.labels, torch.tensor(chosen["classes"])).nonzero()[:, 0]
+        labels, count = images.labels, images.num_classes
+    else:
+        classes = torch.arange(images.num_classes)[slice(*chosen)]
+        new = torch.full((images.num_classes,), -1)
+        new[classes] = torch.arange(len(classes))
+        labels, count = new[images.labels], len(classes)
+        indices = (labels >= 0).nonzero()[:, 0]
     if not len(indices):
         raise UserError(f"--classes-subset leaves none of the {images.num_classes} classes")
-    return images.select(indices, labels[indices], len(classes))
+    return images.select(indices, labels[indices], count)
 
 
-def _choose_images(images, interval, seed):
-    """The images in `interval` of every class (None: all), with random labels drawn from `seed` (None: their own).
-
-    A random label depends on the image and the seed, not on which other images are chosen.
-    """
-    if interval is None and seed is None:
-        return images
-    labels, indices = images.labels, torch.arange(len(images))
-    if seed is not None:
-        labels = torch.from_numpy(np.random.default_rng(seed).integers(0, images.num_classes, len(images)))
-    if interval is not None:
+def _chosen_images(images, chosen):
+    """The indices of [start, stop, step] of every class, or {"range": …} or {"images": …} of all; None for None."""
+    if chosen is None:
+        return None
+    if isinstance(chosen, dict):
+        indices = torch.tensor(chosen.get("images") or range(*chosen["range"]), dtype=torch.long)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(images):
+            raise UserError(f"--data-subset: the {len(images)} images are numbered from 0 to {len(images) - 1}")
+    else:
         of_class = [(images.labels == label).nonzero()[:, 0] for label in range(images.num_classes)]
-        indices = torch.cat([each[slice(*interval)] for each in of_class]).sort().values
+        indices = torch.cat([each[slice(*chosen)] for each in of_class]).sort().values
     if not len(indices):
         raise UserError("--data-subset leaves no image")
-    return images.select(indices, labels[indices], images.num_classes)
+    return indices
+
+
+def _with_random_labels(images, seed):
+    """The images with the labels that the authors' program draws from `seed`, for each set by itself."""
+    labels = np.random.RandomState(seed).randint(0, images.num_classes, len(images))
+    return images.select(torch.arange(len(images)), torch.from_numpy(labels), images.num_classes)

@@ -69,23 +69,28 @@ def checkpoint_of(network, args, data, epoch, best_acc1):
     }
 
 
-def load_weights(network, state_dict, source):
-    """Sets the weights of a network from a state dict of this program or of the authors'.
+def load_weights(network, state_dict, source, loose=False):
+    """Sets the weights of a network from a state dict of this program or of the authors'; returns what does not fit.
 
-    Raises UserError, naming `source` and what does not fit; the network is then unchanged.
+    loose: weights that do not fit stay as they are. Else raises UserError, naming `source` and what does not fit; the
+    network is then unchanged.
     """
     if is_original(state_dict):
-        state_dict = convert_original(state_dict, network, source)
-    for problem in _misfits(state_dict, network.state_dict()):
-        raise UserError(f"{source}: weights of another network ({problem})")
-    network.load_state_dict(state_dict)
+        state_dict = convert_original(state_dict, network, source, loose)
+    own = network.state_dict()
+    problems = list(_misfits(state_dict, own))
+    fitting = {name for name in own.keys() & state_dict.keys() if _shape(state_dict[name]) == _shape(own[name])}
+    if problems and not (loose and fitting):
+        raise UserError(f"{source}: weights of another network ({problems[0]})")
+    network.load_state_dict({**own, **{name: state_dict[name] for name in fitting}})
+    return problems
 
 
 def _misfits(found, expected):
     """What does not fit between two state dicts, in words."""
     yield from (f"missing key {name!r}" for name in sorted(expected.keys() - found.keys()))
     yield from (f"unexpected key {name!r}" for name in sorted(found.keys() - expected.keys()))
-    for name in expected.keys() & found.keys():
+    for name in [name for name in expected if name in found]:
         shape, right = _shape(found[name]), _shape(expected[name])
         if shape != right:
             yield f"{name} is {shape}, expected {right}"

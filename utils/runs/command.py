@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import sys
 from collections.abc import Callable, Mapping
 
 from utils.errors import UserError, first_line
@@ -26,10 +27,11 @@ class Group:
 class Option:
     """One option of a command line.
 
-    flags: its spellings, separated by spaces. type: converts a word of the command line; None for a switch, which
-    inverts its default. default: the value if it is missing (of every block, if per_block). dest: `field`, if it is not
-    the first long flag with '_' for '-'. many: takes several values. per_block: takes a value per block, or one for
-    all; short: such a list may stop early, the rest is default. shortcuts: values that are also flags. fills: `config`,
+    flags: its spellings, separated by spaces; opposite: the one that sets the default. type: converts a word of the
+    command line; None for a switch, which inverts its default. default: the value if it is missing (of every block, if
+    per_block). dest: `field`, if it is not the first long flag with '_' for '-'. many: takes several words, of which
+    `combine` makes the value. per_block: takes a value per block; a list that stops early is completed with defaults,
+    unless it is `complete`: then one value serves all blocks. shortcuts: values that are also flags. fills: `config`,
     if not `field` without scat_ or standard_. free: it does not define the run: it may change when the run is resumed.
     """
 
@@ -43,7 +45,9 @@ class Option:
     required: bool = False
     many: bool = False
     per_block: bool = False
-    short: bool = False
+    complete: bool = False
+    combine: Callable = list
+    opposite: str = ""
     shortcuts: tuple = ()
     fills: str = ""
     free: bool = False
@@ -70,6 +74,8 @@ class Option:
         constant = {"dest": self.field, "action": "store_const"}
         if self.type is None:
             group.add_argument(*names, **constant, const=not self.default, help=self.help)
+            if self.opposite:
+                group.add_argument(self.opposite, **constant, const=self.default, help="the default")
             return
         if self.shortcuts:
             group = group.add_mutually_exclusive_group()
@@ -86,15 +92,13 @@ class Option:
         values = given.get(self.field, None if self.per_block else self.default)
         if not self.per_block:
             return values
-        values = [self.default] if values is None else values
-        if len(values) == 1:
+        values = [] if values is None else values
+        if self.complete and len(values) == 1:
             return values * blocks
-        if self.short and len(values) < blocks:
-            return values + [self.default] * (blocks - len(values))
-        if len(values) != blocks:
+        if len(values) > blocks or (self.complete and 0 < len(values) < blocks):
             found = f"{len(values)} values for {blocks} block{'s' * (blocks != 1)} (--n-blocks)"
-            raise UserError(f"{self.flag} has {found}: give {blocks}, or one for all")
-        return values
+            raise UserError(f"{self.flag} has {found}: give a value per block" + ", or one for all" * self.complete)
+        return values + [self.default] * (blocks - len(values))
 
 
 def grouped(*rows):
@@ -122,7 +126,11 @@ class Parser(argparse.ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
-    """The options of a program. `length`: the field that says how far a run goes; `examples`: that it works with."""
+    """The options of a program. `length`: the field that says how far a run goes; `examples`: that it works with.
+
+    foreign: flags of the authors' program that are none of this one's: what each does there, and what to do here.
+    upgraded: a function from stored arguments, of an older version perhaps, to those of this one. Raises UserError.
+    """
 
     program: str
     description: str
@@ -130,6 +138,8 @@ class CommandLine:
     length: str
     usage: str | None = None
     examples: tuple[str, ...] = ()
+    foreign: Mapping = dataclasses.field(default_factory=dict)
+    upgraded: Callable = lambda stored: stored
 
     @functools.cached_property
     def by_field(self):
@@ -144,8 +154,7 @@ class CommandLine:
     @functools.cached_property
     def parser(self):
         """The argparse parser; it yields only what is given."""
-        defaults = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-        top = Parser(self.program, self.description, self.examples, self.usage, **defaults)
+        top = Parser(self.program, self.description, self.examples, self.usage, argument_default=argparse.SUPPRESS)
         for group, options in itertools.groupby(self.options, key=lambda option: option.group):
             place = top.add_argument_group(group.title, group.note)
             for option in options:
@@ -154,7 +163,19 @@ class CommandLine:
 
     def given(self, argv=None):
         """{field: value} of what a command line (default: the program's) gives. Raises UserError."""
-        return vars(self.parser.parse_args(argv))
+        argv = sys.argv[1:] if argv is None else argv
+        self._refuse_foreign(argv)
+        given, options = vars(self.parser.parse_args(argv)), self.by_field
+        return {field: options[field].combine(x) if options[field].many else x for field, x in given.items()}
+
+    def _refuse_foreign(self, argv):
+        """Raises UserError for a flag of the authors' program that is none of this one's, or its unique beginning."""
+        own = [flag for option in self.options for flag in f"--help {option.flags} {option.opposite}".split()]
+        own += [f"--{name}" for option in self.options for name in option.shortcuts]
+        for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
+            found = [flag] if flag in self.foreign else [each for each in self.foreign if each.startswith(flag)]
+            if len(found) == 1 and not any(each.startswith(flag) for each in own):
+                raise UserError(f"{found[0]}: a flag of the authors' program that {self.foreign[found[0]]}")
 
     def resolve(self, values: Mapping):
         """The arguments with these values and defaults for all others; per-block lists are in full. Raises UserError.
@@ -172,7 +193,9 @@ class CommandLine:
         if not isinstance(values, Mapping) or not all(field in values for field in required):
             raise UserError(f"{source}: holds no arguments of {self.program}")
         try:
-            return self.resolve(values)
+            return self.resolve(self.upgraded(values))
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
         except (TypeError, ValueError) as error:
             raise UserError(f"{source}: holds no arguments of {self.program} ({first_line(error)})") from error
 

@@ -55,22 +55,31 @@ def _block_config(args, index, arch):
     if not args.scattering_wph[index]:
         found["psi_arch"] = ("mod", *found["psi_arch"])
     found["kind"] = block_kinds(args.n_blocks, args.factorize_filters)[index]
+    chosen = slice(args.P_eigenvectors_start[index], args.P_eigenvectors_end[index])
     if found["projection_basis"] is not None:
-        found["projection_basis"] = _columns(args, index, found["projection_basis"])
+        found["projection_basis"] = _rows(found["projection_basis"], chosen, args.P_eigenvectors[index])
+    if found["projection_eigenvalues"] is not None:
+        found["projection_eigenvalues"] = _positive(found["projection_eigenvalues"][chosen], args.P_eigenvalues[index])
     return BlockConfig(arch=tuple(arch), orthogonal=args.pars_reg or args.quadrature_reg, **found)
 
 
-def _columns(args, index, vectors):
-    """The chosen eigenvectors of a block, columns of `vectors` (D, R), as the rows of a projection (K, D)."""
-    start, end = args.P_eigenvectors_start[index], args.P_eigenvectors_end[index]
-    if vectors.dim() != 2 or not 0 <= (start or 0) < (end or vectors.shape[1]) <= vectors.shape[1]:
-        raise UserError(f"{args.P_eigenvectors[index]}: shape {tuple(vectors.shape)} has no columns {start or 0}:{end}")
-    return vectors[:, start:end].mH.contiguous()
+def _rows(vectors, chosen, path):
+    """The chosen eigenvectors, rows of `vectors` (R, D)."""
+    start, end = chosen.start or 0, chosen.stop or len(vectors)
+    if vectors.dim() != 2 or not 0 <= start < end <= len(vectors):
+        raise UserError(f"{path}: shape {tuple(vectors.shape)} has no rows {start}:{end}")
+    return vectors[start:end].contiguous()
+
+
+def _positive(eigenvalues, path):
+    if eigenvalues.is_complex():
+        raise UserError(f"{path}: eigenvalues are real numbers, these are complex")
+    return eigenvalues.clamp(min=0)
 
 
 def _matrix(path):
     """The one array in a file, float32 or complex64; no code in the file is run. None for no file."""
-    if path in (None, _NO_FILE):
+    if path is None or path.lower() == _NO_FILE:
         return None
     try:
         if path.endswith(".pt"):
@@ -84,6 +93,8 @@ def _matrix(path):
         raise UserError(f"{path}: refused: not a single numeric matrix") from error
     except Exception as error:  # whatever a stranger's file makes its reader raise
         raise UserError(f"{path}: not a .npy, .npz or .pt file with one matrix ({first_line(error)})") from error
+    while value.dim() > 2 and value.shape[-1] == 1:
+        value = value.squeeze(-1)  # (C, D, 1, 1), as the authors write kernels
     return value.to(torch.cfloat if value.is_complex() else torch.float)
 
 

@@ -15,6 +15,7 @@ from models.signal import output_size
 from utils.data.names import BAD_IMAGES, DATASETS, IN_FOLDERS, WITH_FLAGS
 from utils.errors import UserError
 from utils.runs import values as to
+from utils.runs.authors import FOREIGN, upgraded
 from utils.runs.command import CommandLine, Group, Option, grouped
 
 BLOCKS, STANDARD = "blocks", "standard"  # the two kinds of networks
@@ -41,7 +42,8 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     Group("network"),
     Option("-a --arch", to.architecture, None, "modules of a block, e.g. 'Fw Std Pr N', or a standard network, e.g. "
            "resnet18-custom (modules: " + " ".join(names.MODULES) + ")", required=True),
-    Group("blocks", BLOCKS, "here and below, lists have a value per block, or one for all blocks"),
+    Group("blocks", BLOCKS, "here and below, lists have a value per block; blocks that they leave out have the "
+          "default"),
     Option("--n-blocks", to.positive_int, 1, "number of blocks", "J"),
     _modules("--first-arch", "the first block, instead of --arch"),
     _modules("--last-arch", "the last block, instead of --arch"),
@@ -65,20 +67,26 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     _per_block("--scat-non-linearity-gain", to.finite_float, None, "its gain", "G"),
     _per_block("--scat-non-linearity-learned", to.bit, False, "1: its bias and gain are learned, per channel"),
     _per_block("--dictionary-size", to.positive_int, 2048, "atoms of FrhoF's frame"),
-    Option("--non-linearity", to.text, "relu", "non-linearity of FrhoF", choices=tuple(names.FRAME_NON_LINEARITIES),
+    Option("--non-linearity", to.text, "relu", "non-linearity of FrhoF", choices=names.FRAME_NON_LINEARITIES,
            fills="dictionary_non_linearity"),
+    _per_block("--lambda-star", to.finite_float, 1.0, "threshold of FrhoF's non-linearity, times √(atoms)", "L",
+               fills="dictionary_threshold"),
+    _per_block("--non-lin-delta", to.positive_float, 0.01, "width of FrhoF's gate, triang and sigmo", "D",
+               fills="dictionary_delta"),
+    _per_block("--dict-norm", to.non_negative_float, 0.0, "greatest ratio of two atoms' norms in FrhoF's frame; 0: any",
+               "R", fills="dictionary_norms"),
     Group("standardisation, input", BLOCKS),
     Option("--homogeneous", None, False, "Std keeps the mean at 0"),
     Option("--mix-input", None, False, "a learned 1×1 convolution of the input channels first"),
     Option("--yuv", None, False, "the input's colours as YUV (fixed)"),
     Group("projections", BLOCKS, "files are .npy, .npz or .pt with one matrix; none: no file"),
-    _per_block("--L-proj-size", to.channels, None, "number of channels of P; id: the identity", fills="P_size"),
-    _per_block("--Pr-size", to.channels, None, "number of channels of Pr; id: the identity"),
-    _per_block("--Pc-size", to.channels, None, "number of channels of Pc; id: the identity"),
+    _per_block("--L-proj-size", to.channels, None, "number of channels of P, one for all blocks or one each; id: the "
+               "identity", fills="P_size", complete=True),
+    _per_block("--Pr-size", to.channels, None, "number of channels of Pr; id: the identity", complete=True),
+    _per_block("--Pc-size", to.channels, None, "number of channels of Pc; id: the identity", complete=True),
     _per_block("--remove-L", to.bit, False, "1: the block has no projection", fills="remove_projection"),
-    _per_block("--freeze-P", to.bit, False, "1: the projection is not learned (blocks missing at the end "
-               "of the list are learned)", short=True, fills="freeze_projection"),
-    _per_block("--P-eigenvectors", to.matrix_file, None, "eigenvectors in columns: a fixed projection on them "
+    _per_block("--freeze-P", to.bit, False, "1: the projection is not learned", fills="freeze_projection"),
+    _per_block("--P-eigenvectors", to.matrix_file, None, "eigenvectors in rows: a fixed projection on them "
                "precedes the learned one", "FILE", fills="projection_basis"),
     _per_block("--P-eigenvectors-start", to.natural, None, "the first eigenvector used (default 0)"),
     _per_block("--P-eigenvectors-end", to.positive_int, None, "the one after the last eigenvector used"),
@@ -92,26 +100,33 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     Group("classifier", BLOCKS),
     Option("--classifier-batch-norm", to.text, "affine", "batch norm before the linear layer; std: no affine map",
            choices=names.CLASSIFIER_BATCH_NORMS),
-    Option("--no-classifier-bias", None, True, "no bias", dest="classifier_bias"),
+    Option("--no-classifier-bias", None, True, "no bias", dest="classifier_bias", opposite="--classifier-bias"),
     Option("--avgpool", None, False, "average over space before the linear layer", fills="average_pooling"),
+    Option("--avg-ker-size", to.positive_int, 1, "average over windows of K × K pixels instead", "K",
+           fills="average_kernel"),
+    Option("--identity-classifier", None, False, "no linear layer: a class for each number that leaves the blocks"),
     Group("standard networks", STANDARD),
     Option("--standard-width-scaling", to.positive_float, 1.0, "factor of all widths", "S", fills="width"),
     Option("--standard-batch-norm", to.text, "pre", "batch norm before (pre) or after (post) the non-linearity, or "
            "none", choices=names.BATCH_NORMS),
     Option("--standard-no-bias", None, False, "no biases, batch norm without affine map"),
     Option("--standard-classifier-no-bias", None, False, "no bias in the last layer"),
-    Option("--standard-non-linearity", to.text, "relu", "pointwise function",
-           choices=tuple(names.STANDARD_NON_LINEARITIES)),
+    Option("--standard-non-linearity", to.text, "relu", "pointwise function; of several, layers take turns",
+           choices=tuple(names.STANDARD_NON_LINEARITIES), many=True, combine=to.one_or_many),
+    Option("--standard-init-gain", to.finite_float, 1.0, "initial gain of the functions that have one", "G"),
+    Option("--standard-init-bias", to.finite_float, 0.0, "initial bias of the functions that have one", "B"),
     Option("--standard-pretrained", None, False, "torchvision's weights"),
     Group("data"),
-    Option("--dataset", to.text, None, "the data set", choices=DATASETS, shortcuts=WITH_FLAGS),
+    Option("--dataset", to.lower_case, None, "the data set", choices=DATASETS, shortcuts=WITH_FLAGS),
     _DATA,
     _DATA_DIR,
     Option("--grayscale", None, False, "one channel instead of three"),
-    Option("--data-subset", to.interval, None, "only these images of every class of the training set", INTERVAL),
-    Option("--classes-subset", to.interval, None, "only these classes", INTERVAL),
+    Option("--data-subset", to.images_of, None, "only these images of every class of the training set; 'range(A, B)' "
+           "or '[I, …]': only these of the whole set", INTERVAL),
+    Option("--classes-subset", to.class_or_classes, None, "only these classes, renumbered; or the numbers of some, "
+           "which keep them", INTERVAL, many=True, combine=to.classes_of),
     Option("--resize-images", to.positive_int, None, "images of SIZE × SIZE", "SIZE"),
-    Option("--randomize-labels", to.natural, None, "random labels for training", "SEED"),
+    Option("--randomize-labels", to.natural, None, "random labels", "SEED"),
     Option("--bad-images", to.text, "error", "action on unreadable image files", choices=BAD_IMAGES, free=True),
     _WORKERS,
     Group("training"),
@@ -133,6 +148,7 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     Option("--resume", to.text, None, "checkpoint to start from: a file or a run, as it is or in --checkpoints; "
            "also one of the authors' program", "FILE"),
     Option("--restart", None, False, "take only the weights of --resume"),
+    Option("--loose-resume", None, False, "take what fits of the weights of --resume, and leave the rest as drawn"),
     Option("--overwrite", None, False, "start the run in --dir over (default: continue it)", free=True),
     Option("-e --evaluate", None, False, "validate (--resume FILE or --dir), do not train", free=True),
     Option("-p --print-freq", to.positive_int, 100, "steps between two lines of progress", "STEPS", free=True),
@@ -141,18 +157,19 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     "python main_block.py --digits --epochs 15 -a 'Fw Std Pr N' --psi-arch mod --Pr-size 32 --dir digits",
     "python main_block.py --cifar10 --arch resnet18-custom --standard-width-scaling 0.5 --device cuda --dir resnet",
     "python main_block.py --digits -a 'Fw Std Pr N' --psi-arch mod --Pr-size 32 --evaluate --dir digits",
-))
+), foreign=FOREIGN, upgraded=upgraded)
 
 SAMPLING = CommandLine("resample.py", "Samples rainbow networks of a trained experiment.", (
     Option("--experiment", to.text, None, "run to sample from", "NAME", required=True),
     Option("--dir", to.text, None, "folder of samples (default resamplings/resample-EXPERIMENT)", "NAME", free=True),
     _CHECKPOINTS,
-    Option("--epoch", to.natural, None, "sample from this epoch (default: the last)", "E"),
+    Option("--epoch", to.epoch, None, "sample from this epoch (default: the last, -1)", "E"),
     Option("--num-atoms", to.positive_int, None, "widths of all layers but the classifier (default: the trained)",
            "N", many=True),
     Option("--method", to.text, "gaussian", "rows of weights: gaussian; orthogonal, a random isometry; white, no "
            "covariance", choices=("gaussian", "orthogonal", "white")),
     Option("--num-repeats", to.positive_int, 1, "number of samples", "R", free=True),
+    Option("--num-simultaneous", to.positive_int, 1, "factor of that number", "K", free=True),
     Option("--align-test", None, False, "align on the test set instead of the training set"),
     Option("-b --batch-size", to.positive_int, 128, "images at a time", "N"),
     Option("--seed", to.seed, 0, "random seed of the weights"),
@@ -190,6 +207,7 @@ def parse(argv=None, environ=os.environ):
 def parse_sampling(argv=None):
     """The arguments of a command line of `resample.py` (default: the program's). Raises UserError."""
     given = SAMPLING.given(argv)
+    given["num_repeats"] = given.get("num_repeats", 1) * given.pop("num_simultaneous", 1)
     return SAMPLING.resolve({"dir": f"resamplings/resample-{given['experiment']}", **given})
 
 
@@ -273,6 +291,7 @@ def _check(args):
         (in_folder and not has_data, f"--dataset {args.dataset} needs its folder, --data DIR"),
         (has_data and not in_folder, f"--data is ImageNet's folder; that of {args.dataset} is --data-dir"),
         (args.restart and not args.resume, "--restart takes the weights of --resume FILE, which is missing"),
+        (args.loose_resume and not args.resume, "--loose-resume takes weights of --resume FILE, which is missing"),
         (args.evaluate and not (args.resume or args.dir), "--evaluate needs --resume FILE, or a run, --dir NAME"),
         (args.pars_reg and args.quadrature_reg, "--pars-reg is not allowed with --quadrature-reg"),
         (one_block and args.first_arch and args.last_arch, "--first-arch and --last-arch both replace the only block"),

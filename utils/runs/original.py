@@ -16,8 +16,11 @@ def is_original(state_dict):
     return any(name.startswith("module.") or _UNUSED.fullmatch(name) for name in state_dict)
 
 
-def convert_original(state_dict, network, source="the checkpoint"):
-    """The authors' names and shapes of weights as those of `network`. Raises UserError for what has no counterpart."""
+def convert_original(state_dict, network, source="the checkpoint", loose=False):
+    """The authors' names and shapes of weights as those of `network`.
+
+    Raises UserError for what has no counterpart, unless it is `loose`: then it is left out.
+    """
     if all(name.startswith("module.") and not _BLOCK.fullmatch(name) for name in state_dict):
         state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}  # DataParallel's
     own = network.state_dict()
@@ -26,7 +29,7 @@ def convert_original(state_dict, network, source="the checkpoint"):
         new_name = name if name in own else _converted_name(name, own)
         if new_name in own:
             converted[new_name] = _converted_value(value, own[new_name])
-        elif not _UNUSED.fullmatch(name):
+        elif not (loose or _UNUSED.fullmatch(name)):
             raise UserError(f"{source}: the authors' {name} has no counterpart in this network")
     return converted
 
@@ -56,7 +59,7 @@ def _converted_name(name, own):
     kind = rest.rpartition(".")[2]
     if block < 0:
         return "mix.weight" if kind == "param" else None
-    ends = {"param": "(P|Pr|Pc)\\.weight", "mean": "Std\\.mean", "var": "Std\\.var"}
+    ends = {"param": "(P|Pr|Pc)\\.weight", "mean": "Std\\.mean", "var": "Std\\.var", "frame": "FrhoF\\.frame"}
     found = [own_name for own_name in own if re.fullmatch(rf"blocks\.{block}\.(.*\.)?{ends.get(kind, '')}", own_name)]
     return found[0] if len(found) == 1 else None
 

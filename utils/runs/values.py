@@ -5,6 +5,7 @@ import sys
 from argparse import ArgumentTypeError
 
 from models.names import IDENTITY, MODULES, check_names
+from utils.errors import UserError
 
 
 def _number(kind, low, what, strict=False, high=2**31 - 1):
@@ -22,6 +23,11 @@ def _number(kind, low, what, strict=False, high=2**31 - 1):
     return convert
 
 
+_PREDEFINED = {  # names of blocks in the authors' program
+    "scatnetblock": "Fw rho Std P N",
+    "scatnetblockanalysis": "Fw rho Std P N FrhoF",
+    "blockanalysis": "Std P N FrhoF",
+}
 _FLOAT = sys.float_info.max
 positive_int = _number(int, 1, "a positive integer")
 natural = _number(int, 0, "an integer of at least 0")
@@ -36,6 +42,21 @@ def text(word):
     if not word.strip():
         raise ArgumentTypeError("empty")
     return word
+
+
+def lower_case(word):
+    """Text in lower case, as names of data sets are."""
+    return text(word).lower()
+
+
+def epoch(word):
+    """A number of epochs; -1 for the last."""
+    return None if word == "-1" else natural(word)
+
+
+def one_or_many(values):
+    """One value as it is, several as a list."""
+    return values[0] if len(values) == 1 else values
 
 
 def matrix_file(word):
@@ -57,11 +78,12 @@ def bit(word):
 
 def module_names(word):
     """A list of modules of the block grammar, written as one string."""
+    names = _PREDEFINED.get(word, word).split()
     try:
-        check_names(word.split())
+        check_names(names)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
-    return word.split()
+    return names
 
 
 def architecture(word):
@@ -69,7 +91,7 @@ def architecture(word):
     words = word.split()
     if not words:
         raise ArgumentTypeError("empty; for example 'Fw Std Pr N', or resnet18-custom")
-    if len(words) == 1 and words[0] not in MODULES and word == word.lower():
+    if len(words) == 1 and words[0] not in (*MODULES, *_PREDEFINED) and word == word.lower():
         return words[0]
     return module_names(word)
 
@@ -80,3 +102,32 @@ def interval(word):
     if match is None:
         raise ArgumentTypeError(f"{word!r} is not START:STOP or START:STOP:STEP (STEP > 0)")
     return [int(number) if number else None for number in match.groups()]
+
+
+def images_of(word):
+    """START:STOP[:STEP] as `interval`; range(…) as {"range": [start, stop, step]}, [i, …] as {"images": [i, …]}."""
+    match = re.fullmatch(r"\s*(?:range\s*\((.+)\)|\[(.+)\])\s*", word)
+    if match is None:
+        return interval(word)
+    try:
+        numbers = [int(number) for number in (match[1] or match[2]).split(",")]
+        if match[2]:
+            return {"images": numbers}
+        chosen = range(*numbers)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"{word!r} is not a range or list of integers ({error})") from None
+    return {"range": [chosen.start, chosen.stop, chosen.step]}
+
+
+def class_or_classes(word):
+    """The number of a class, or START:STOP[:STEP] as `interval`."""
+    return natural(word) if word.isdigit() else interval(word)
+
+
+def classes_of(values):
+    """One interval, or numbers of classes as {"classes": [k, …]}."""
+    if all(isinstance(value, int) for value in values):
+        return {"classes": values}
+    if len(values) > 1:
+        raise UserError("--classes-subset: numbers of classes, or one START:STOP[:STEP]")
+    return values[0]

@@ -17,7 +17,7 @@ from utils.runs.checkpoints import load, load_weights, save
 from utils.runs.folder import RunFolder
 from utils.runs.networks import Trained, load_network, network_config
 
-ARGV = "--digits --dir run --n-blocks 2 --scat-angles 4 --psi-arch mod --Pr-size 4 -a".split() + ["Fw Std Pr N"]
+ARGV = "--digits --dir run --n-blocks 2 --scat-angles 4 4 --psi-arch mod --Pr-size 4 -a".split() + ["Fw Std Pr N"]
 DATA = Trained(None, None, Signal(1, 8, 8), 10)
 
 
@@ -160,7 +160,7 @@ def test_epochs_kept_are_those_of_the_original():
 
 
 def test_a_network_is_loaded_without_data_or_the_files_it_started_from(tmp_path, folder, args, network):
-    torch.save(torch.eye(5)[:, :3], tmp_path / "vectors.pt")
+    torch.save(torch.eye(5)[:3], tmp_path / "vectors.pt")
     args = replace(args, P_eigenvectors=[str(tmp_path / "vectors.pt"), None])
     network = models.build(network_config(args, Signal(1, 8, 8), 10)).eval()
     save(folder.file(3), checkpoints.checkpoint_of(network, args, DATA, 3, 50.0))
@@ -181,7 +181,13 @@ def test_weights_of_another_network_are_refused(network):
     ):
         with pytest.raises(UserError, match=says):
             load_weights(network, found, "file.pt")
-    assert torch.equal(network.state_dict()[first], before)
+        assert torch.equal(network.state_dict()[first], before)
+        found = {**found, "classifier.linear.bias": torch.ones(10)}
+        (left_out,) = load_weights(network, found, "file.pt", loose=True)
+        assert says in left_out and torch.equal(network.state_dict()[first], before)
+        assert torch.equal(network.classifier.linear.bias, torch.ones(10))
+    with pytest.raises(UserError, match="file.pt: weights of another network"):
+        load_weights(network, {"other": torch.zeros(1)}, "file.pt", loose=True)
 
 
 @pytest.mark.parametrize("change", [{"arch": None}, {"Pr_size": 3}, {"input_shape": "x"}, {"n_blocks": "2"}])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -15,9 +16,10 @@ from tests.conftest import ROOT
 from tests.golden_data import original_commands
 from utils.errors import UserError
 from utils.runs import options, values
+from utils.runs.authors import FOREIGN
 from utils.runs.networks import network_config
 
-NORM = "--digits -a 'Fw Std Pr N' --psi-arch mod --Pr-size 8 16 --n-blocks 2 --scat-angles 4"
+NORM = "--digits -a 'Fw Std Pr N' --psi-arch mod --Pr-size 8 16 --n-blocks 2 --scat-angles 4 4"
 COMMANDS = {name: words[2:] for name, words in original_commands().items() if words[:2] == ["python", "main_block.py"]}
 PUBLISHED_PARAMETERS = {
     "cifar-WP64WP128WP256WP512WP512WP512WP512WP512-norm-L4-clbnstd-clnobias": 6_124_480,
@@ -51,12 +53,60 @@ def test_every_command_of_the_authors_builds_networks_of_the_published_sizes():
     assert {name: found[name] for name in PUBLISHED_PARAMETERS} == PUBLISHED_PARAMETERS
 
 
-def test_lists_are_given_in_full_or_once():
-    args = parse(NORM + " --freeze-P 1 --scat-non-linearity mod mod")
-    assert args.scat_angles == [4, 4] and args.freeze_P == [True, True] and args.Pr_size == [8, 16]
-    assert args.remove_L == [False, False] and args.arch == ["Fw", "Std", "Pr", "N"]
-    early = parse("--digits -a 'Fw Std Pr' --psi-arch mod --Pr-size 4 --n-blocks 3 --freeze-P 1 1")
-    assert early.freeze_P == [True, True, False]
+def test_lists_that_stop_early_are_completed_as_the_authors_program_does():
+    """With the default; one size of a projection is for all blocks, where that program stops."""
+    line = "--digits -a 'Fw Std Pr' --psi-arch mod --Pr-size 4 --n-blocks 3"
+    args = parse(f"{line} --freeze-P 1 --scat-angles 4 --scat-non-linearity abs abs --dict-norm 2")
+    assert args.freeze_P == [True, False, False] and args.scat_angles == [4, 8, 8] and args.dict_norm == [2, 0, 0]
+    assert args.scat_non_linearity == ["abs", "abs", "mod"] and args.remove_L == [False] * 3 and args.Pr_size == [4] * 3
+
+
+@pytest.mark.parametrize(
+    "words, field, value",
+    [
+        ("--dataset CIFAR10", "dataset", "cifar10"),
+        ("--data-subset 'range(100)'", "data_subset", {"range": [0, 100, 1]}),
+        ("--data-subset 'range(10, 0, -2)'", "data_subset", {"range": [10, 0, -2]}),
+        ("--data-subset [3,1]", "data_subset", {"images": [3, 1]}),
+        ("--classes-subset 0 1 2", "classes_subset", {"classes": [0, 1, 2]}),
+        ("--classes-subset 2:", "classes_subset", [2, None, None]),
+        ("--no-classifier-bias --classifier-bias", "classifier_bias", True),
+        ("--homo", "homogeneous", True),
+        ("--learning-rate-adj 7", "learning_rate_adjust_frequency", 7),
+    ],
+)
+def test_what_the_authors_program_accepts_is_accepted(words, field, value):
+    line = NORM.replace("--digits ", "") if "--dataset" in words else NORM
+    assert getattr(parse(f"{line} {words}"), field) == value
+
+
+def test_names_of_blocks_and_turns_of_non_linearities():
+    block = parse("--digits -a scatnetblockanalysis --L-proj-size 8 --last-arch blockanalysis")
+    assert (block.arch, block.last_arch) == ("Fw rho Std P N FrhoF".split(), "Std P N FrhoF".split())
+    standard = parse("--digits -a resnet18-custom --standard-non-linearity relu abs --standard-init-gain -1")
+    assert standard.standard_non_linearity == ["relu", "abs"] and standard.standard_init_gain == -1
+    assert parse("--digits -a resnet18-custom --standard-non-linearity abs").standard_non_linearity == "abs"
+    sampling = options.parse_sampling("--experiment x --epoch -1 --num-repeats 3 --num-simultaneous 2".split())
+    assert sampling.epoch is None and sampling.num_repeats == 6
+
+
+def test_every_flag_of_the_authors_program_works_or_is_explained():
+    """As docs/faithful.md lists them."""
+    text = (ROOT / "docs/faithful.md").read_text()
+    listed = re.findall(r"^\| `(-\S+)`", text, re.MULTILINE)
+    own = {
+        f
+        for o in options.TRAINING.options
+        for f in (*f"{o.flags} {o.opposite}".split(), *("--" + n for n in o.shortcuts))
+    }
+    own |= {f for o in options.SAMPLING.options for f in o.flags.split()} | {"--print"}
+    assert len(listed) == len(set(listed)) == 114 and set(listed) - own == set(FOREIGN)
+    for flag, what in FOREIGN.items():
+        for word in (flag, f"{flag}=3"):
+            with pytest.raises(UserError, match=f"^{flag}: a flag of the authors' program that {re.escape(what)}$"):
+                parse(f"{NORM} {word}")
+    with pytest.raises(UserError, match="^--load-dict: a flag"):
+        parse(f"{NORM} --load-d x")
 
 
 def test_the_documentation_lists_all_options_by_group():
@@ -111,11 +161,18 @@ def test_samples_are_the_same_if_their_resolved_options_are():
 
 def test_arguments_stored_by_an_older_version_are_completed():
     """As args.json holds them since the first version: the same names and values; options added later are missing."""
-    record = json.loads((ROOT / "tests/utils/runs/interrupted/args.json").read_text())
-    args, stored = options.parse(record["argv"], {}), record["args"]
-    assert {**vars(args), "input_shape": [1, 8, 8], "num_classes": 10} == stored
+    stored = json.loads((ROOT / "tests/utils/runs/interrupted/args.json").read_text())["args"]
+    args = options.TRAINING.restore(stored, "args.json")
+    assert {field: value for field, value in vars(args).items() if field in stored}.items() <= stored.items()
+    assert args.lambda_star == [1, 1] and args.standard_init_gain == 1
+    frames = {**stored, "arch": ["Fw", "R", "FrhoF"]}
+    assert options.TRAINING.restore(frames, "args.json").lambda_star == [0, 0]  # there was no threshold
     old = {field: value for field, value in stored.items() if field not in ("scat_full_angles", "momentum")}
     assert options.TRAINING.restore(old, "args.json") == args
+    for change in ({"standard_non_linearity": "pow"}, {"randomize_labels": 3}):
+        with pytest.raises(UserError, match="of an earlier version, in which --.*train it anew"):
+            options.TRAINING.restore({**stored, **change}, "args.json")
+        assert options.TRAINING.restore({**stored, **change, "lambda_star": [1, 1]}, "args.json")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +204,7 @@ def test_arguments_stored_by_an_older_version_are_completed():
         ("NORM --data-subset 3", "START:STOP"),
         ("NORM --scattering-wph 2", "0 or 1"),
         ("NORM --pars-reg --quadrature-reg", "not allowed with"),
-        ("NORM --first-arch 'Fw Pr' --last-arch 'Fw Pr' --n-blocks 1 --Pr-size 8", "both replace"),
+        ("NORM --first-arch 'Fw Pr' --last-arch 'Fw Pr' --n-blocks 1 --scat-angles 4 --Pr-size 8", "both replace"),
         ("--digits --arch resnet18-custom --Pr-size 8", "--Pr-size does not apply to resnet18-custom"),
         ("--digits --arch resnet18-custom --no-classifier-bias", "--no-classifier-bias does not apply"),
         ("--arch resnet18-custom", "--digits needs nothing"),
@@ -178,24 +235,28 @@ def test_names_that_are_made_up_are_unique():
 
 
 def test_without_phase_the_coefficients_are_moduli():
-    with_mod, without_phase = build(NORM), build(NORM.replace("--psi-arch mod", "--scattering-wph 0"))
+    with_mod, without_phase = build(NORM), build(NORM.replace("--psi-arch mod", "--scattering-wph 0 0"))
     without_phase.load_state_dict(with_mod.state_dict())
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(with_mod.eval()(x), without_phase.eval()(x))
 
 
 def test_projections_come_from_files(tmp_path):
+    """Eigenvectors lie in rows; kernels of 1×1 are matrices; eigenvalues of the chosen vectors, at least 0."""
     vectors = torch.linalg.qr(torch.randn(5, 5)).Q
-    torch.save(vectors, tmp_path / "vectors.pt")
-    np.save(tmp_path / "values.npy", np.zeros(3, np.float32))
-    np.savez(tmp_path / "weights.npz", weights=np.ones((16, 40), np.float32))
+    torch.save(vectors[:, :, None, None], tmp_path / "vectors.pt")
+    np.save(tmp_path / "values.npy", np.array([9.0, 0.0, -1e-9, 0.0, 9.0], np.float32))
+    np.savez(tmp_path / "weights.npz", weights=np.ones((16, 40, 1, 1), np.float32))
+    chosen = f"--P-eigenvectors {tmp_path}/vectors.pt --P-eigenvectors-start 1 --P-eigenvectors-end 4"
     network = build(
-        f"{NORM} --P-eigenvectors {tmp_path}/vectors.pt none --P-eigenvectors-end 3 "
-        f"--P-eigenvalues {tmp_path}/values.npy none --P-initialization none {tmp_path}/weights.npz"
+        f"{NORM} {chosen} --P-eigenvalues {tmp_path}/values.npy --P-initialization none {tmp_path}/weights.npz"
     )
     first, second = network.blocks[0].P, network.blocks[1].P
-    assert torch.equal(first.basis, vectors[:, :3].T) and first.weight.shape == (8, 3) and not first.weight.any()
-    assert torch.equal(second.weight, torch.ones(16, 40))
+    assert torch.equal(first.basis, vectors[1:4]) and first.weight.shape == (8, 3) and not first.weight.any()
+    assert torch.equal(second.weight, torch.ones(16, 40)) and second.basis is None
+    for rows in ("-start 5", "-end 6", "-start 3 --P-eigenvectors-end 3"):
+        with pytest.raises(UserError, match=r"vectors.pt: shape \(5, 5\) has no rows"):
+            build(f"{NORM} --P-eigenvectors {tmp_path}/vectors.pt --P-eigenvectors{rows}")
 
 
 def test_files_that_are_no_matrix_are_refused(tmp_path):
