@@ -61,12 +61,14 @@ def alignment_error(A: Tensor, K: Tensor, aa: float, bb: float, noise: float = 0
     """2 (1 - ab / √(aa·bb)) with ab = Re E⟨φ_a A, φ_b⟩ = Re ⟨A, K⟩, aa = E‖φ_a‖², bb = E‖φ_b‖².
 
     0 for a perfect alignment, 2 for activations that have nothing in common. A factor 1/√D on activations cancels.
-    noise: the relative rounding error of ab, aa and bb; an error that it may have made, up to 4 noise, is 0.
+    noise: the relative rounding error of ab, aa and bb; an error that it may have made is 0: up to 4 noise, and 8 more
+    for each direction in which `align` cut A.
     """
     if aa == 0 or bb == 0:
         return 0.0 if aa == bb else 2.0
     error = 2 * (1 - _inner(A, K) / math.sqrt(aa * bb))
-    return error if error > 4 * noise else 0.0
+    cut = min(A.shape) - A.abs().square().sum().item()
+    return error if error > 4 * noise * (1 + 2 * max(round(cut), 0)) else 0.0
 
 
 def is_same_input(found: Moments, i: int, j: int, layer: int) -> bool:

@@ -3,7 +3,7 @@
 The weight layers of a network are its linear layers and convolutions, and what else was registered, in the order in
 which a forward pass calls them. Each has a matrix of N neurons by D = C·k² entries, channel first and position in the
 kernel second; φ_{j-1} has C channels, and every position of every image is one sample of it. A linear layer on a
-flattened feature map (C, M, N) counts as a kernel of M×N positions.
+flattened feature map, (C, M, N) or (M, N, C), counts as a kernel of M×N positions.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Layer(Adapter):
     kernel: tuple[int, ...] = (1, 1)
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, flattened: tuple[int, ...] | None = None) -> Layer:
-        """The layer of a module; flattened: the shape (C, M, N) whose flattening is its input, if any."""
+    def of(cls, name: str, module: nn.Module, kernel: tuple[int, ...] = (1, 1), channels_last: bool = False) -> Layer:
+        """The layer of a module; kernel, channels_last: of the map whose flattening is its input, for linear layers."""
         return cls(name, module)
 
     @classmethod
@@ -130,29 +130,48 @@ class Layer(Adapter):
         return rotate(x, rotation, self.channel_axis)
 
 
+@dataclass(frozen=True, eq=False)
 class LinearLayer(Layer):
-    """A linear layer, inputs (B, ..., D); or (B, C·M·N), a flattened map, if its kernel is (M, N)."""
+    """A linear layer, inputs (B, ..., D); or, if its kernel is (M, N), maps (C, M, N) flattened to D, or (M, N, C) with
+    `channels_last`."""
 
     channel_axis = -1
     sizes = "out_features", "in_features"
 
+    channels_last: bool = False
+
     @classmethod
-    def of(cls, name, module, flattened=None):
-        return cls(name, module) if flattened is None else cls(name, module, tuple(flattened[1:]))
+    def of(cls, name, module, kernel=(1, 1), channels_last=False):
+        return cls(name, module, kernel, channels_last)
 
     @property
     def inputs(self):
         return self.dimension
 
+    def to_matrix(self, weight):
+        return self._by_channel(weight).flatten(1)
+
+    def from_matrix(self, matrix):
+        return self._flat(matrix.unflatten(1, (-1, math.prod(self.kernel))))
+
     def samples(self, x, patches=False):
-        if self.channels == self.dimension or patches:
+        if self.channels == self.dimension:
             return x.flatten(0, -2)
-        return x.unflatten(1, (self.channels, -1)).movedim(1, -1).flatten(0, -2)
+        x = self._by_channel(x)  # (B, ..., C, M·N)
+        return (x.flatten(-2) if patches else x.mT).flatten(0, -2)
 
     def rotate(self, x, rotation):
         if self.channels == self.dimension:
             return super().rotate(x, rotation)
-        return rotate(x.unflatten(1, (self.channels, -1)), rotation, 1).flatten(1)
+        return self._flat(rotate(self._by_channel(x), rotation, -2))
+
+    def _by_channel(self, x):
+        """Entries along the last axis as (C, M·N)."""
+        positions = math.prod(self.kernel)
+        return x.unflatten(-1, (positions, -1)).mT if self.channels_last else x.unflatten(-1, (-1, positions))
+
+    def _flat(self, x):
+        return (x.mT if self.channels_last else x).flatten(-2)
 
 
 class ConvLayer(Layer):
@@ -161,7 +180,7 @@ class ConvLayer(Layer):
     sizes = "out_channels", "in_channels"
 
     @classmethod
-    def of(cls, name, module, flattened=None):
+    def of(cls, name, module, kernel=(1, 1), channels_last=False):
         return cls(name, module, tuple(module.weight.shape[2:]))
 
     @classmethod

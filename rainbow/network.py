@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from rainbow.channels import Channels, following, layout
 from rainbow.errors import RainbowError
 from rainbow.layers import Layer, LinearLayer, Skipped
 from rainbow.norms import Norm
@@ -27,7 +27,9 @@ class Network:
 
     example: two images, None if there were none; layers: the weight layers, in forward order (without an example, as
     they were defined); calls: the names of all modules with parameters or running statistics of their own, in the order
-    of their first calls; repeated: how often, for those called more than once; skipped: what is not analysed, by name.
+    of their first calls; repeated: how often, for those called more than once; skipped: what is not analysed,
+    by name; unsampled: what is analysed but cannot be drawn; functional: the
+    matrices that functions take after the first layer.
     """
 
     module: nn.Module
@@ -36,6 +38,8 @@ class Network:
     calls: tuple[str, ...]
     repeated: dict[str, int]
     skipped: dict[str, Skipped]
+    unsampled: dict[str, str]
+    functional: tuple[str, ...]
 
     @cached_property
     def program(self) -> Program:
@@ -111,29 +115,27 @@ def analyse(model: nn.Module | Network, example_or_loader: Any = None) -> Networ
     check_module(model)
     names = {module: name for name, module in model.named_modules() if Layer.find(module) or _has_own(module)}
     example = make_example(model, example_or_loader)
-    counts = dict.fromkeys(names, 1)
-    flat: dict[nn.Module, tuple[int, ...]] = {}
-    skipped: dict[str, Skipped] = {}
-    if example is not None:
-        counts = _dry_pass(model, names, example, flat)
-    layers = []
-    for module in [*counts, *(module for module in names if module not in counts)]:
-        adapter = Layer.find(module)
+    seen = _Seen(model, names) if example is None else _dry_pass(model, names, example)
+    layers, skipped = list[Layer](), seen.parameters()
+    for module in [*seen.counts, *(module for module in names if module not in seen.counts)]:
+        adapter, name = Layer.find(module), names[module]
         if adapter is None:
-            skipped |= _other_weights(names[module], module)
-        elif module not in counts:
-            skipped[names[module]] = Skipped("not called in a forward pass")
-        elif (refusal := adapter.refusal(module)) is not None:
-            skipped[names[module]] = refusal
+            skipped = _other_weights(name, module) | skipped
+        elif module not in seen.counts:
+            skipped[name] = Skipped("not called in a forward pass")
+        elif (refusal := adapter.refusal(module) or seen.refusal(module)) is not None:
+            skipped[name] = refusal
         else:
-            layers.append(adapter.of(names[module], module, flat.get(module)))
+            layers.append(adapter.of(name, module, *seen.layout(module)))
     if not layers:
         reasons = [f"; {name}: {reason}" for name, (reason, _) in list(skipped.items())[:3]]
         raise RainbowError(
             f"{type(model).__name__} has no linear layer or convolution that can be analysed" + "".join(reasons)
         )
-    repeated = {names[module]: count for module, count in counts.items() if count > 1}
-    return Network(model, example, tuple(layers), tuple(names[module] for module in counts), repeated, skipped)
+    repeated = {names[module]: count for module, count in seen.counts.items() if count > 1}
+    calls = tuple(names[module] for module in seen.counts)
+    unsampled, functional = _unsampled(layers, seen), tuple(n for n, count in seen.channels.used.items() if count)
+    return Network(model, example, tuple(layers), calls, repeated, skipped, unsampled, functional)
 
 
 def check_module(model: nn.Module) -> None:
@@ -174,43 +176,101 @@ def _has_own(module):
 def _other_weights(name, module):
     """Matrices of parameters that belong to no weight layer, as in attention or embeddings."""
     reason = Skipped(f"a weight of {type(module).__name__}, not a linear layer")
-    parameters = module.named_parameters(recurse=False)
-    matrices = [key for key, parameter in parameters if parameter.ndim >= 2 and min(parameter.shape[:2]) > 1]
+    matrices = [key for key, parameter in module.named_parameters(recurse=False) if _is_matrix(parameter)]
     return {f"{name}.{key}".lstrip("."): reason for key in matrices}
 
 
-class _Flattenings(TorchFunctionMode):
-    """Remembers the shape (C, M, N) of every feature map that is flattened to (B, C·M·N), by C·M·N: the last one."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out, source = func(*args, **(kwargs or {})), args[0] if args else None
-        if isinstance(out, Tensor) and isinstance(source, Tensor) and out.ndim == 2 < source.ndim:
-            shape = source.shape[1:]
-            if out.shape == (len(source), math.prod(shape)):
-                self.shapes[out.shape[1]] = tuple(shape)
-        return out
+def _is_matrix(parameter):
+    return parameter.ndim >= 2 and min(parameter.shape[:2]) > 1
 
 
-def _dry_pass(model, names, example, flat):
-    """How often each module is called, in the order of first calls; fills `flat` with shapes flattened before them."""
-    flattenings = _Flattenings()
-    counts: dict[nn.Module, int] = {}
+class _Seen:
+    """What a dry pass shows: how often each module is called, in the order of first calls, and the channels of the
+    layers' inputs. Without a pass, the modules count as called once, in the order in which they were defined."""
 
-    def before(module, args):
-        counts[module] = counts.get(module, 0) + 1
+    def __init__(self, model, names):
+        self.names, self.channels = names, Channels(model)
+        self.registered = Architecture.find(model) is not Architecture
+        self.counts = dict.fromkeys(names, 1)
+        self.inputs: dict[nn.Module, Tensor | str | None] = {}
+        self.flat: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(self, module, args):
+        self.counts[module] = self.counts.get(module, 0) + 1
         adapter = Layer.find(module)
-        if counts[module] == 1 and adapter and issubclass(adapter, LinearLayer) and args[0].ndim == 2:
-            shape = flattenings.shapes.pop(args[0].shape[1], None)
-            if shape is not None and math.prod(shape[1:]) > 1:
-                flat[module] = shape
+        if self.counts[module] == 1 and adapter and args:
+            self.inputs[module] = self.channels.along(args[0], adapter.channel_axis)
+            shape = self.channels.flat.get(args[0], ())
+            if issubclass(adapter, LinearLayer) and math.prod(shape[1:]) > 1:
+                unknown = self.inputs[module] is None and self.channels.makers and not self.registered
+                self.flat[module] = () if unknown else shape
 
-    hooks = [module.register_forward_pre_hook(before) for module in names]
+    def refusal(self, module) -> Skipped | None:
+        """Why the channels of a layer's input are not known."""
+        found = self.inputs.get(module)
+        if isinstance(found, str):
+            return Skipped(found)
+        if self.flat.get(module) == ():
+            return Skipped("its input is flattened, and what made it does not say which axis has the channels")
+        if self._layout(module) is None:
+            return Skipped("its input joins channels of different numbers of positions")
+        return None
+
+    def layout(self, module) -> tuple[tuple[int, ...], bool]:
+        """The kernel of a linear layer, and whether the channels of its input come last."""
+        channels, last = self._layout(module) or (0, False)
+        found, shape = self.inputs.get(module), self.flat.get(module, ())
+        positions = found.numel() // channels if isinstance(found, Tensor) and channels else math.prod(shape[1:])
+        maps = shape[:-1] if last else shape[1:]
+        if len(shape) == 3 and math.prod(maps) == positions:
+            return maps, last
+        return ((positions,) if isinstance(found, Tensor) and positions > 1 else (1, 1)), last
+
+    def _layout(self, module):
+        """`channels.layout` of a linear layer's input, (0, False) for another or an input without labels."""
+        found, adapter = self.inputs.get(module), Layer.find(module)
+        if adapter is None or not issubclass(adapter, LinearLayer) or not isinstance(found, Tensor):
+            return 0, False
+        return layout(self.channels.one.of(found.flatten()))
+
+    def parameters(self) -> dict[str, Skipped]:
+        """The matrices that functions take instead of modules."""
+        known = {id(p) for module in self.names if Layer.find(module) for p in module.parameters()}
+        parameters = self.channels.model.named_parameters()
+        matrices = [name for name, p in parameters if _is_matrix(p) and id(p) not in known]
+        used = self.channels.used
+        return {
+            name: Skipped("used by a function, not as a layer", used[name] == 0) for name in matrices if name in used
+        }
+
+
+def _unsampled(layers, seen):
+    """Layers that are analysed, but whose weights cannot be drawn by themselves, and why."""
+    names, reasons, owners = {layer.name for layer in layers}, dict[str, str](), dict[int, str]()
+    for a, b in sorted(seen.channels.multiplied):
+        text = "its neurons are multiplied with each other" if a == b else "its outputs are multiplied with those of "
+        for name, other in ((a, b), (b, a)):
+            if name in names:
+                reasons.setdefault(
+                    name, (text if a == b else text + other) + ": drawn independently, they do not agree"
+                )
+    for layer in layers:
+        if layer.parameter not in layer.module._parameters:
+            reasons[layer.name] = "its weight is computed from other parameters (pruning, weight norm, ...)"
+            continue
+        owner = owners.setdefault(id(getattr(layer.module, layer.parameter)), layer.name)
+        if owner != layer.name:
+            reasons[layer.name] = f"its weight is that of {owner}"
+    return reasons
+
+
+def _dry_pass(model, names, example):
+    """Runs the network on an example and sees what there is to see."""
+    seen = _Seen(model, names)
+    seen.counts = {}
+    hooks = [module.register_forward_pre_hook(seen.note) for module in names]
     try:
-        with evaluating(model), flattenings:
+        with evaluating(model), following(seen.channels, names):
             model(example)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         line, shape = (str(error).splitlines() or [""])[0], tuple(example.shape)
@@ -218,4 +278,4 @@ def _dry_pass(model, names, example, flat):
     finally:
         for hook in hooks:
             hook.remove()
-    return counts
+    return seen

@@ -17,6 +17,8 @@ from rainbow.precision import ROWS_AT_ONCE, UNIT, accumulation_device, to_double
 
 NUMBERS_AT_ONCE = 1 << 18  # samples in a piece are as many, or ROWS_AT_ONCE
 CONSTANT = 8 * UNIT  # a channel that varies less, relative to its mean, is constant
+FEW_CHANNELS = 64  # whose products are summed in double precision: it costs next to nothing, and kernels for few
+# channels add one sample after another, where the roundings of equal values are all the same
 SMALL_MATRIX = 256  # channels below which half a symmetric product saves nothing
 
 
@@ -90,7 +92,8 @@ class Samples:
 class ProductSum:
     """Σ φ_a φ_b^H over the samples of both that are added, in double precision; its real part if not `complex_values`.
 
-    Single precision sums no more than ROWS_AT_ONCE samples. Of symmetric products half is computed.
+    Single precision sums no more than ROWS_AT_ONCE samples, and none of FEW_CHANNELS. Of symmetric products half is
+    computed.
     """
 
     def __init__(self, complex_values: bool = True, workspace: Workspace | None = None):
@@ -126,6 +129,9 @@ class ProductSum:
             if symmetric:
                 self._symmetric.add(key)
         total, blocks = self._sums[key], [(slice(None), slice(None))]
+        if max(total.shape) <= FEW_CHANNELS and total.device == a.device:
+            total.addmm_(to_double(a).T, to_double(b))
+            return
         if symmetric:
             blocks = list(triangle(a.shape[1]))
         for left, right in zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE)):

@@ -165,9 +165,12 @@ def _check_coverage(network: Network, layers):
         raise RainbowError("the mean network was fitted without images: give it those that it is sampled on")
     names = [layer.name for layer in layers]
     calls = {name: position for position, name in enumerate(network.calls)}
+    for name, reason in network.unsampled.items():
+        raise RainbowError(f"{name} cannot be sampled: {reason}")
     for name, skipped in network.skipped.items():
         owner = name if name in calls else name.rpartition(".")[0]
-        if calls.get(owner, -1) > calls[names[0]] and not skipped.harmless:
+        late = name in network.functional or calls.get(owner, -1) > calls[names[0]]
+        if late and not skipped.harmless:
             raise RainbowError(f"{name} cannot be sampled: {skipped.reason}")
     left_out = [layer.name for layer in network.layers if layer.name not in names]
     if left_out:
