@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rainbow.covariance import WeightCovariance
 from rainbow.errors import RainbowError
 from rainbow.layers import Layer
 from rainbow.moments import Moments, moments, position_of, prepare
@@ -179,6 +180,7 @@ class MeanNetwork:
     layers: list[list[Layer]]
     alignments: list[list[Tensor | None]]
     unexplained: list[list[float]]
+    _covariances: dict[int, WeightCovariance] = field(default_factory=dict)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -224,6 +226,12 @@ class MeanNetwork:
         for layers, alignments in zip(self.layers, self.alignments):
             A = alignments[layer]
             yield to_double(layers[layer].get()) if A is None else transport(layers[layer].get(), A)
+
+    def covariance(self, layer: int) -> WeightCovariance:
+        """Ĉ_j of all aligned weights of a layer, computed when it is first asked for."""
+        if layer not in self._covariances:
+            self._covariances[layer] = WeightCovariance.fit(self.aligned_weights(layer))
+        return self._covariances[layer]
 
     def average(self, layer: int, samples: Sequence[Tensor]) -> Tensor:
         """(1/n) Σ_i φ_i Ā_i of samples (m, D_i) of every network at a layer. # (m, D)"""

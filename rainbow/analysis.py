@@ -21,7 +21,7 @@ with random weights of the same covariances, of the same or of other widths, tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from rainbow.alignment import Alignment, MeanNetwork, transport, warn_of_few_samples
 from rainbow.clipping import clipped_accuracies, even_ranks
-from rainbow.covariance import WeightCovariance, complete_basis, random_basis
+from rainbow.covariance import Spectrum, WeightCovariance, complete_basis, random_basis
 from rainbow.errors import RainbowError
 from rainbow.layers import Layer
 from rainbow.moments import moments, prepare
@@ -64,6 +64,25 @@ class LayerSummary:
         return [*sizes, effective, error, f"outside {100 * self.outside:.1f} %"]
 
 
+class Covariances(Mapping):
+    """Ĉ_j by layer name, each computed when it is first asked for."""
+
+    def __init__(self, mean: MeanNetwork, names: list[str]):
+        self.mean, self.names = mean, names
+
+    def __getitem__(self, name: str) -> WeightCovariance:
+        return self.mean.covariance(self.names.index(find_name(name, self.names)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
 class Rainbow:
     """A network, or the mean network of several, with the covariances of its weights. Made by `fit`.
 
@@ -78,7 +97,8 @@ class Rainbow:
         self.skipped = {name: reason for name, (reason, _) in analysed.skipped.items()}
         self.skipped |= {each.name: "not asked for" for each in analysed.layers if each.name not in self.layers}
         self.repeated = {name: count for name, count in analysed.repeated.items() if name in self.layers}
-        self.covariances = {name: WeightCovariance.fit(mean.aligned_weights(k)) for k, name in enumerate(self.layers)}
+        self.covariances = Covariances(mean, list(self.layers))
+        self._spectra: dict[tuple[str, bool], Spectrum | WeightCovariance] = {}
         self.errors: dict[str, float] = {}
         self._kernels: dict[str, Tensor] = {}
 
@@ -175,10 +195,10 @@ class Rainbow:
     def summaries(self) -> list[LayerSummary]:
         """What `table` prints, a line for each layer."""
         lines = []
-        for k, (name, layer) in enumerate(self.layers.items()):
-            C = own = self.covariances[name]
+        for name, layer in self.layers.items():
+            C = own = self._spectrum(name)
             if len(self.mean.networks) > 1:
-                own = WeightCovariance.fit(next(self.mean.aligned_weights(k)))
+                own = self._spectrum(name, first=True)
             size, eigenvalues = (layer.neurons, layer.dimension), own.eigenvalues.cpu().numpy()
             outside = bulk_test(eigenvalues, *size).outside if own.trace else 0.0
             lines.append(LayerSummary(name, *size, C.rank, C.effective_dimension, self.errors.get(name), outside))
@@ -195,6 +215,14 @@ class Rainbow:
 
     def _layer(self, name: str) -> Layer:
         return self.layers[find_name(name, self.layers)]
+
+    def _spectrum(self, name, first=False):
+        """The eigenvalues of a layer's Ĉ, of all networks or of the first alone."""
+        if (name, first) not in self._spectra:
+            k = list(self.layers).index(name)
+            weights = self.mean.aligned_weights(k)
+            self._spectra[name, first] = Spectrum.fit(next(weights) if first else weights)
+        return self._spectra[name, first]
 
     def _kernel(self, layer: Layer) -> Tensor:
         """E[φ φᴴ] of the D entries that a row of W_j meets, kept for the next time. # (D, D)"""

@@ -4,14 +4,16 @@ With the weights of one or several aligned networks as rows w_n of (N, D) matric
 
     Ĉ = (1/N) Σ_n w_n^H w_n = (1/N) W^H W = V diag(λ) V^H,      so that E|w·f|² = f^H Ĉ f,
 
-found from singular values of a triangular factor of the rows, in double precision: no D×D matrix is formed
-unless there are at least D rows, and never more than 2 D rows and one network's are held at once.
+found in double precision from the eigenvalues of the smaller of W W^H and W^H W; or, where these tell less than
+CONDITION of the largest from nothing, from singular values of W, which keep twice the digits and take several times as
+long. Never more than 2 D rows and one network's are held at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,49 +24,14 @@ from rainbow.precision import to_double
 NORMS = ("spectral", "frobenius", "nuclear")
 
 
-@dataclass(frozen=True)
-class WeightCovariance:
-    """Ĉ = V diag(λ) V^H of a layer, kept as its non-trivial eigenvalues and eigenvectors.
+CONDITION = 1e-6  # the least ratio of eigenvalues at which a Gram matrix gives orthonormal eigenvectors to ten digits
 
-    eigenvalues: (R,) float64, decreasing, R = min(N, D); eigenvectors: (D, R), columns e_r, float64 or
-    complex128; num_rows: N, the number of weight vectors it was estimated from.
-    """
+
+class _Spectrum:
+    """What eigenvalues alone tell of Ĉ."""
 
     eigenvalues: Tensor
-    eigenvectors: Tensor
-    num_rows: int
-
-    @classmethod
-    def fit(cls, weights: Tensor | Iterable[Tensor]) -> WeightCovariance:
-        """Covariance of all rows of one (N, D) matrix, or of several (N_i, D), one for each aligned network.
-
-        Raises RainbowError where there is no row, the dimensions D differ, or a value is not finite.
-        """
-        rows, num_rows = None, 0
-        for block in [weights] if isinstance(weights, Tensor) else weights:
-            block = _checked_rows(block, None if rows is None else rows.shape[1])
-            num_rows += len(block)
-            rows = block if rows is None else torch.cat(_same_type(rows, block))
-            if len(rows) > 2 * rows.shape[1]:  # as many rows as are needed for the same W^H W
-                rows = torch.linalg.qr(rows, mode="r").R  # (D, D)
-        if rows is None:
-            raise RainbowError("the covariance of no weights is not defined: give at least one row")
-        _, singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)
-        return cls(singular_values**2 / num_rows, vectors.mH.contiguous(), num_rows)
-
-    @classmethod
-    def from_matrix(cls, matrix: Tensor, num_rows: int) -> WeightCovariance:
-        """The same from a (D, D) Hermitian matrix, such as E[φ φ^H] over num_rows samples (kernel PCA)."""
-        matrix = _checked_rows(matrix, None)
-        if matrix.shape[0] != matrix.shape[1]:
-            raise RainbowError(f"a covariance matrix is square, this one is {tuple(matrix.shape)}")
-        eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mH) / 2)
-        return cls(eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1), num_rows)
-
-    @property
-    def dimension(self) -> int:
-        """D, the number of input channels of the layer."""
-        return self.eigenvectors.shape[0]
+    dimension: Any
 
     @property
     def trace(self) -> float:
@@ -82,6 +49,66 @@ class WeightCovariance:
         """(tr Ĉ)² / tr Ĉ²: D for white weights, 1 for weights along one direction, 0 for zero weights."""
         squares = (self.eigenvalues**2).sum().item()
         return self.trace**2 / squares if squares else 0.0
+
+
+@dataclass(frozen=True)
+class Spectrum(_Spectrum):
+    """The eigenvalues of Ĉ: (R,) float64, decreasing, R = min(N, D); dimension: D; num_rows: N."""
+
+    eigenvalues: Tensor
+    dimension: int
+    num_rows: int
+
+    @classmethod
+    def fit(cls, weights: Tensor | Iterable[Tensor]) -> Spectrum:
+        """Of the rows of one (N, D) matrix or of several, as `WeightCovariance.fit`, in a third of its time or less."""
+        rows, num_rows = _gathered(weights)
+        eigenvalues = torch.linalg.eigvalsh(_gram(rows)).flip(0)
+        if eigenvalues[-1] < CONDITION * eigenvalues[0]:
+            eigenvalues = torch.linalg.svdvals(rows).square()
+        return cls(eigenvalues / num_rows, rows.shape[1], num_rows)
+
+
+@dataclass(frozen=True)
+class WeightCovariance(_Spectrum):
+    """Ĉ = V diag(λ) V^H of a layer, kept as its non-trivial eigenvalues and eigenvectors.
+
+    eigenvalues: (R,) float64, decreasing, R = min(N, D); eigenvectors: (D, R), columns e_r, float64 or
+    complex128; num_rows: N, the number of weight vectors it was estimated from.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+    num_rows: int
+
+    @classmethod
+    def fit(cls, weights: Tensor | Iterable[Tensor]) -> WeightCovariance:
+        """Covariance of all rows of one (N, D) matrix, or of several (N_i, D), one for each aligned network.
+
+        Raises RainbowError where there is no row, the dimensions D differ, or a value is not finite.
+        """
+        rows, num_rows = _gathered(weights)
+        eigenvalues, vectors = (x.flip(-1) for x in torch.linalg.eigh(_gram(rows)))
+        if eigenvalues[-1] < CONDITION * eigenvalues[0]:
+            _, singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)
+            eigenvalues, vectors = singular_values.square(), vectors.mH
+        elif len(rows) <= rows.shape[1]:
+            vectors = rows.mH @ (vectors / eigenvalues.sqrt())
+        return cls(eigenvalues / num_rows, vectors.contiguous(), num_rows)
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, num_rows: int) -> WeightCovariance:
+        """The same from a (D, D) Hermitian matrix, such as E[φ φ^H] over num_rows samples (kernel PCA)."""
+        matrix = _checked_rows(matrix, None)
+        if matrix.shape[0] != matrix.shape[1]:
+            raise RainbowError(f"a covariance matrix is square, this one is {tuple(matrix.shape)}")
+        eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mH) / 2)
+        return cls(eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1), num_rows)
+
+    @property
+    def dimension(self) -> int:
+        """D, the number of input channels of the layer."""
+        return self.eigenvectors.shape[0]
 
     def matrix(self) -> Tensor:
         """Ĉ itself. # (D, D)"""
@@ -121,6 +148,25 @@ class WeightCovariance:
         signs[len(self.eigenvalues) :] = -1
         difference = torch.linalg.eigvalsh((triangle * signs) @ triangle.mH)
         return (schatten(difference, norm) / schatten(reference.eigenvalues, norm)).item()
+
+
+def _gathered(weights):
+    """All rows, or as many as are needed for the same W^H W, and how many there were. # (n, D) double"""
+    rows, num_rows = None, 0
+    for block in [weights] if isinstance(weights, Tensor) else weights:
+        block = _checked_rows(block, None if rows is None else rows.shape[1])
+        num_rows += len(block)
+        rows = block if rows is None else torch.cat(_same_type(rows, block))
+        if len(rows) > 2 * rows.shape[1]:
+            rows = torch.linalg.qr(rows, mode="r").R  # (D, D)
+    if rows is None:
+        raise RainbowError("the covariance of no weights is not defined: give at least one row")
+    return rows, num_rows
+
+
+def _gram(rows):
+    """The smaller of W W^H and W^H W."""
+    return rows @ rows.mH if len(rows) <= rows.shape[1] else rows.mH @ rows
 
 
 def schatten(eigenvalues: Tensor, norm: str) -> Tensor:

@@ -129,7 +129,7 @@ class RainbowSampler:
         self.network, self.trained, self.layers = reference.analysed[0], reference.networks[0], reference.layers[0]
         _check_coverage(self.network, self.layers)
         self.widths = checked_widths(widths, self.layers)
-        self.covariances = [WeightCovariance.fit(reference.aligned_weights(k)) for k in range(len(self.layers) - 1)]
+
         self.plan, self.norms_at_the_end = _plan(self.network, test is not None, align_on_test)
         names = [[step.name for step in network.program.steps] for network in reference.analysed]
         if any(each != names[0] for each in names):
@@ -150,11 +150,16 @@ class RainbowSampler:
         with evaluating(new.module, *self.reference.networks):
             return _Sampling(self, new, report).run(seed)
 
+    @property
+    def covariances(self) -> list[WeightCovariance]:
+        """Ĉ_j of every layer but the last."""
+        return [self.reference.covariance(k) for k in range(len(self.layers) - 1)]
+
     def draw(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows of weights of layer k in the reference's space, and trained neurons. # (N', D), (N',)"""
         if callable(self.method):
             return self.method(k, self.widths[k], generator)
-        rows = draw_rows(self.covariances[k], self.widths[k], self.method, generator)
+        rows = draw_rows(self.reference.covariance(k), self.widths[k], self.method, generator)
         count = sum(layers[k].neurons for layers in self.reference.layers)
         return rows, torch.randint(count, (self.widths[k],), generator=generator)
 

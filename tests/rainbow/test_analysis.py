@@ -101,6 +101,20 @@ def test_the_table_tells_of_every_layer_and_of_what_was_skipped(loader):
     assert (summary.neurons, summary.dimension, summary.rank) == (10, 72, 10) and 1 < summary.effective_dimension <= 10
 
 
+def test_no_covariance_is_computed_that_nobody_asks_for_and_none_twice(loader, monkeypatch):
+    computed = []
+    for name in ("svd", "svdvals", "eigh", "eigvalsh"):
+        known = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda *a, known=known, **k: computed.append(len(a[0])) or known(*a, **k)
+        )
+    rainbow = Rainbow.fit(mlp(), loader)
+    assert computed == []
+    assert rainbow.table() == rainbow.table() and len(computed) == 3
+    assert rainbow.covariances["3"] is rainbow.covariances["3"] and len(computed) == 4
+    assert "7" not in rainbow.covariances and len(rainbow.covariances) == 3
+
+
 def shuffled():
     images, labels = map(torch.cat, zip(*batches()))
     return torch.utils.data.DataLoader(list(zip(images, labels)), 40, shuffle=True)

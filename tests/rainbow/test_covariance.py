@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from rainbow import RainbowError, WeightCovariance
-from rainbow.covariance import amplification, complete_basis, cosine_similarity, explained_variance, random_basis
+from rainbow.covariance import (
+    Spectrum,
+    amplification,
+    complete_basis,
+    cosine_similarity,
+    explained_variance,
+    random_basis,
+)
 from tests.rainbow.networks import double
 
 
@@ -96,3 +103,16 @@ def test_dynamics_of_one_direction():
 def test_bad_weights_are_refused(weights, message):
     with pytest.raises(RainbowError, match=message):
         WeightCovariance.fit(weights)
+
+
+@pytest.mark.parametrize("n, d", [(6, 30), (30, 6), (100, 6)])
+@pytest.mark.parametrize("decay", [0.5, 1e-3])
+def test_small_eigenvalues_keep_their_digits(n, d, decay):
+    """Those that a Gram matrix loses come from singular values; the spectrum alone is the same."""
+    scale = decay ** torch.arange(6.0, dtype=torch.float64)
+    u, v = (torch.linalg.qr(rows(size, size, seed)).Q[:, :6] for seed, size in enumerate((n, d)))
+    covariance, spectrum = (kind.fit((u * scale) @ v.T) for kind in (WeightCovariance, Spectrum))
+    for found in (covariance, spectrum):
+        torch.testing.assert_close(found.eigenvalues[:6].sqrt(), scale / n**0.5, rtol=1e-6 / decay, atol=1e-15)
+        assert (found.dimension, found.num_rows, len(found.eigenvalues)) == (d, n, min(n, d))
+    torch.testing.assert_close(covariance.eigenvectors.T @ covariance.eigenvectors, torch.eye(6, dtype=torch.float64))
