@@ -34,7 +34,7 @@ def parser():
     group = parser.add_argument_group("what to do with them (default: run them)")
     group.add_argument("--json", action="store_true", help="with --status: a JSON list with an object per experiment")
     what = group.add_mutually_exclusive_group()
-    what.add_argument("--print", action="store_true", help="print '[ i/n] name:<tab>command' and exit")
+    what.add_argument("--print", action="store_true", help="print '[ i/n] name:<tab>command', needs included, and exit")
     what.add_argument("--status", action="store_true", help="print what is done, running, failed, missing, and exit")
     what.add_argument("--submit", choices=("slurm", "local"), help="submit them to SLURM, or in the same way here")
     _add_running_options(parser.add_argument_group("how"))
@@ -163,8 +163,9 @@ def main(argv=None):
     if args.json and not args.status:
         raise UserError("--json is the form of --status, which is missing")
     chosen = select(args)
+    needed = with_needs(chosen, all_experiments(args))
     if args.print:
-        print_commands(chosen, args)
+        print_commands(needed, args)
         return 0
     if args.status:
         if args.json:
@@ -172,7 +173,6 @@ def main(argv=None):
         else:
             print("\n".join(status.status_table(args.checkpoints, chosen)))
         return 0
-    needed = with_needs(chosen, all_experiments(args))
     if args.submit:
         return cluster.submit(needed, args, FOLDER)
     return run(needed, args)

@@ -329,18 +329,28 @@ def test_a_failed_job_stops_its_dependents(folder):
     assert result.returncode == 1 and "what it needs failed" in result.stdout and "0 of 2 jobs" in result.stdout
 
 
-def test_slurm_gets_needs_as_dependencies(folder):
+@pytest.fixture
+def slurm(folder):
+    """Stand-ins for SLURM's commands, and their PATH: jobs count from 100 and stay in the queue, MOST of them."""
     tools = folder / "tools"
     tools.mkdir()
-    (tools / "sbatch").write_text(
-        "#!/bin/sh\nn=$(cat count 2>/dev/null || echo 100)\necho $((n + 1)) > count\n"
-        'cp "$1" "script$n"\necho "Submitted batch job $n"\n'
-    )
-    (tools / "srun").write_text("#!/bin/sh\n")
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
+    refusal = "sbatch: error: one\nsbatch: error: Batch job submission failed: Job violates accounting/QOS policy"
+    count = "n=$(cat count 2>/dev/null || echo 100)"
+    for tool, lines in {
+        "sbatch": f"""{count}\n[ "$n" -lt $((100 + ${{MOST:-50}})) ] || {{ echo "{refusal}" >&2; exit 1; }}
+            echo $((n + 1)) > count\ncp "$1" "script$n"\necho "Submitted batch job $n" """,
+        "squeue": f"""[ -z "$DOWN" ] || {{ echo "slurm_load_jobs error: Unable to contact" >&2; exit 1; }}
+            {count}\nseq 100 $((n - 1))""",
+        "srun": "",
+    }.items():
+        (tools / tool).write_text(f"#!/bin/sh\n{lines}\n")
+        (tools / tool).chmod(0o755)
+    return f"{tools}:{os.environ['PATH']}"
+
+
+def test_slurm_gets_needs_as_dependencies(folder, slurm):
     flags = "--submit slurm --pack 2 --partition gpu --gpus 1 --time 2:30:00".split()
-    result = run(folder, *flags, "--match", TWO_WIDTHS, PATH=f"{tools}:{os.environ['PATH']}")
+    result = run(folder, *flags, "--match", TWO_WIDTHS, PATH=slurm)
     assert result.returncode == 0, result.stdout + result.stderr
     scripts = [(folder / f"script{n}").read_text() for n in range(100, 104)]
     assert not (folder / "script104").exists()
@@ -348,3 +358,22 @@ def test_slurm_gets_needs_as_dependencies(folder):
         assert all(f"#SBATCH --{flag}" in script for script in scripts)
     needs = [re.findall(r"--dependency=(\S+)", script) for script in scripts]
     assert needs == [[], [], ["afterok:100"], ["afterok:102"]]
+
+
+def test_what_is_in_the_queue_is_not_submitted_again(folder, slurm):
+    result = run(folder, "--submit", "slurm", "--name", TRAINED.name, PATH=slurm)
+    assert (result.returncode, (folder / "count").read_text()) == (0, "101\n"), result.stderr
+    result = run(folder, "--submit", "slurm", "--name", SAMPLED.name, PATH=slurm)
+    assert "1 experiments are in the queue already" in result.stdout and (folder / "count").read_text() == "102\n"
+    assert "--dependency=afterok:100" in (folder / "script101").read_text()
+    result = run(folder, "--submit", "slurm", "--name", SAMPLED.name, PATH=slurm, DOWN="1")
+    assert result.returncode == 1 and (folder / "count").read_text() == "102\n"
+    assert result.stderr.count("\n") == 1 and "Unable to contact" in result.stderr
+
+
+def test_a_refusal_in_the_middle_says_how_many_are_in_and_the_next_call_submits_the_rest(folder, slurm):
+    result = run(folder, "--submit", "slurm", *CHAIN, PATH=slurm, MOST="2")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "QOS policy" in result.stderr and "refused job 3 of 4" in result.stderr and "2 jobs are in" in result.stderr
+    result = run(folder, "--submit", "slurm", *CHAIN, PATH=slurm)
+    assert result.returncode == 0 and (folder / "count").read_text() == "104\n"

@@ -4,19 +4,23 @@ Every job is `run_exps.py --name …` on its experiments, so that a requeued job
 was started. What an experiment needs becomes a dependency of its job.
 """
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-from utils.errors import StoppedError, UserError
+from utils.errors import RunError, StoppedError, UserError, first_line
 from utils.experiments.processes import start_fresh
 from utils.experiments.registry import TRIAL_FLAGS
 from utils.experiments.status import read_state
+from utils.files import read_json, write_json
 
 PATIENCE = 60  # seconds that a job has to save its state
 REQUEUES = 1000
@@ -109,10 +113,10 @@ def levels(experiments, pack):
 
 
 def submit(experiments, args, folder):
-    """Submits what is neither finished nor running. Returns the exit status.
+    """Submits what is neither finished, nor running, nor in the queue. Returns the exit status.
 
     SLURM: returns when all jobs are in the queue. Local: waits for them, at most --jobs at a time.
-    Raises UserError if submitit or SLURM is missing, or a flag is wrong.
+    Raises UserError if submitit or SLURM is missing, or a flag is wrong, RunError if SLURM refuses a job.
     """
     if args.pack < 1:
         raise UserError(f"--pack {args.pack}: should be at least 1")
@@ -129,7 +133,16 @@ def submit(experiments, args, folder):
         print(f"All {len(experiments)} experiments are finished or running: nothing to submit.")
         return 0
     executor = _executor(args, limit, _cores_per_run(chosen), folder)
-    return (_run_locally if args.submit == "local" else _queue)(levels(chosen, args.pack), executor, args, folder)
+    if args.submit == "local":
+        return _run_locally(levels(chosen, args.pack), executor, args, folder)
+    jobs = _jobs_in_the_queue(args)
+    waiting = [experiment for experiment in chosen if experiment.name in jobs]
+    if waiting:
+        print(f"{len(waiting)} experiments are in the queue already.")
+    new = [experiment for experiment in chosen if experiment.name not in jobs]
+    if not new:
+        return 0
+    return _queue([unit for level in levels(new, args.pack) for unit in level], jobs, executor, args, folder)
 
 
 def _executor(args, limit, cores, folder):
@@ -159,14 +172,43 @@ def _cores_per_run(experiments):
     return 1 + max((int(words[words.index("-j") + 1]) for words in commands if "-j" in words), default=1)
 
 
-def _queue(levels, executor, args, folder):
-    """Submits everything to SLURM; a job starts when those it needs have succeeded."""
-    work = [unit for level in levels for unit in level]
-    for unit in work:
-        before = [other.job.job_id for other in work if unit.needs(other)]
+def _jobs_file(args):
+    return Path(args.checkpoints) / "logs" / "submitit" / "jobs.json"
+
+
+def _jobs_in_the_queue(args):
+    """{experiment's name: id} of the jobs submitted before that SLURM still has. Raises RunError if it does not say."""
+    known = {name: str(job) for name, job in read_json(_jobs_file(args), default={}).items()}
+    if not known:
+        return {}
+    asked = subprocess.run(["squeue", "--noheader", "--format=%i", "--me"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        reason = first_line(asked.stderr.strip() or f"exit status {asked.returncode}")
+        raise RunError(f"squeue does not say which jobs are in the queue ({reason}): submit again when it answers")
+    queued = {line.strip().partition("_")[0] for line in asked.stdout.splitlines()}
+    return {name: job for name, job in known.items() if job in queued}
+
+
+def _queue(work, jobs, executor, args, folder):
+    """Submits units to SLURM; a job starts when those it needs have succeeded. jobs: in the queue, by experiment."""
+    import submitit
+
+    for done, unit in enumerate(work):
+        needed = {need for experiment in unit.experiments for need in experiment.needs}
+        before = sorted({jobs[name] for name in needed & jobs.keys()})
         extra = {"dependency": "afterok:" + ":".join(before), "kill-on-invalid-dep": "yes"} if before else {}
         executor.update_parameters(additional_parameters=extra)
-        unit.start(executor, args, folder)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # to which submitit copies sbatch's words
+                unit.start(executor, args, folder)
+        except (submitit.core.utils.FailedJobError, OSError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise RunError(
+                f"sbatch refused job {done + 1} of {len(work)}, {unit.label}: {lines[-1] if lines else error!r}; "
+                f"{done} jobs are in the queue: rerun the same command for the rest once it takes more"
+            ) from None
+        jobs |= {experiment.name: str(unit.job.job_id) for experiment in unit.experiments}
+        write_json(_jobs_file(args), jobs)
     print(f"{len(work)} jobs are in the queue; --status follows them.")
     return 0
 

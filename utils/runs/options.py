@@ -111,7 +111,8 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
            "none", choices=names.BATCH_NORMS),
     Option("--standard-no-bias", None, False, "no biases, batch norm without affine map"),
     Option("--standard-classifier-no-bias", None, False, "no bias in the last layer"),
-    Option("--standard-non-linearity", to.text, "relu", "pointwise function; of several, layers take turns",
+    Option("--standard-non-linearity", to.text, "relu", "pointwise function; of several, layers take turns: "
+           + ", ".join(names.STANDARD_NON_LINEARITIES), "NAME",
            choices=tuple(names.STANDARD_NON_LINEARITIES), many=True, combine=to.one_or_many),
     Option("--standard-init-gain", to.finite_float, 1.0, "initial gain of the functions that have one", "G"),
     Option("--standard-init-bias", to.finite_float, 0.0, "initial bias of the functions that have one", "B"),
