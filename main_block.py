@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -10,12 +10,13 @@ import torch
 import models
 from utils.data.datasets import load_datasets
 from utils.device import describe_device
-from utils.errors import UserError, as_user_error, run_main
+from utils.errors import UserError, as_user_error, cause_of, run_main
 from utils.runs import options, ranks, session
 from utils.runs.checkpoints import load, load_weights, stored_args
 from utils.runs.folder import RunFolder, find_checkpoint
 from utils.runs.log import RunLog
 from utils.runs.networks import network_config
+from utils.runs.stop import StopRequest
 from utils.runs.training import Training
 
 
@@ -25,14 +26,15 @@ def main(argv=None):
     args = as_started(options.parse(argv), argv)
     world = ranks.join(args.device)
     try:
-        session.set_precision(world.device, args.tf32)
-        datasets = load_datasets(args)
-        network = build(args, datasets, world)
-        if args.evaluate:
-            evaluate(network, datasets, args, world)
-        else:
-            train(network, datasets, args, world, argv)
-        return 0
+        with StopRequest() as stop:
+            session.set_precision(world.device, args.tf32)
+            datasets = load_datasets(args)
+            network = build(args, datasets, world)
+            if args.evaluate:
+                evaluate(network, datasets, args, world, stop)
+            else:
+                train(network, datasets, args, world, stop, argv)
+            return 0
     finally:
         world.leave()
 
@@ -52,8 +54,11 @@ def build(args, data, world):
     """The network for this data, with weights drawn from the seed, on its device."""
     torch.manual_seed(args.seed)
     config = network_config(args, data.signal, data.num_classes)
-    with as_user_error():
-        network = models.build(config)
+    try:
+        with as_user_error():
+            network = models.build(config)
+    except (OverflowError, RuntimeError, MemoryError) as error:
+        raise UserError(f"a network too large for this machine ({cause_of(error)})") from error
     if not world.is_main:
         torch.manual_seed(args.seed + world.rank)
     network = network.to(world.device)
@@ -61,7 +66,7 @@ def build(args, data, world):
     return network.to(memory_format=torch.channels_last) if channels_last else network
 
 
-def evaluate(network, datasets, args, world):
+def evaluate(network, datasets, args, world, stop):
     """Prints loss and accuracy on the validation set of --resume, or of the run --dir."""
     if args.resume:
         source = find_checkpoint(args.resume, args.checkpoints)
@@ -70,35 +75,36 @@ def evaluate(network, datasets, args, world):
         folder = RunFolder(args.checkpoints, args.dir)
         source, checkpoint = folder.path, folder.checkpoint()
     load_weights(network, checkpoint["state_dict"], source, args.loose_resume)
-    score = Training(network, datasets, args, world, RunLog(silent=True)).validate()
+    score = Training(network, datasets, args, world, RunLog(silent=True), stop).validate()
     if world.is_main:
         accuracies = f"top-1 {score.acc1:.2f} %, top-5 {score.acc5:.2f} % of {score.images} images"
         print(f"{source}, after epoch {checkpoint.get('epoch')}: loss {score.loss:.4f}, {accuracies}")
 
 
-def train(network, datasets, args, world, argv):
-    """Trains in the run's folder, which this process holds meanwhile."""
-    args = replace(args, dir=world.from_main(args.dir or options.made_up_name(args)))
+def train(network, datasets, args, world, stop, argv):
+    """Trains in the run's folder, which the main process holds meanwhile."""
+    args = replace(args, dir=world.from_main(lambda: args.dir or options.made_up_name(args)))
     folder = RunFolder(args.checkpoints, args.dir)
-    origin = world.from_main(origin_of_run(folder, args) if world.is_main else None)
+    origin = world.from_main(lambda: origin_of_run(folder, args))
     if origin:
         args = replace(args, resume=origin[0], restart=origin[1])
     start = starting_point(network, args, folder) if args.resume and not origin else None
-    with session.hold(folder) if world.is_main else nullcontext():
-        last = take_over(folder, args, origin) if world.is_main else None
-        world.from_main(None)  # the folder is ready
+    with ExitStack() as held:
+        last = world.from_main(lambda: take_over(folder, args, origin, held))
         log = RunLog(folder if world.is_main else None, not world.is_main, args.tensorboard)
-        with session.failures_noted(log):
-            training = Training(network, datasets, args, world, log)
-            if origin:
-                last = last or folder.checkpoint()
-                load_weights(network, last["state_dict"], folder.path)
-                training.state.restore(last)
-            elif start and not args.restart:
-                training.state.restore(start)
+        training, notes = Training(network, datasets, args, world, log, stop), []
+        training.state.check_batches()
+        if origin:
+            load_weights(network, last["state_dict"], folder.path)
+            notes = training.state.restore(last, folder.path, own=True)
+        elif start and not args.restart:
+            notes = training.state.restore(start, args.resume, own=False)
+        with session.failures_noted(folder):
             if world.is_main:
+                if args.overwrite:
+                    folder.clear()
                 session.describe(folder, argv, stored_args(args, datasets), network)
-                introduce(training, start)
+                introduce(training, start, notes)
             training.run()
 
 
@@ -108,6 +114,7 @@ def origin_of_run(folder, args):
     Returns what it was started with, (--resume, --restart), or None for a new run. Raises UserError if the folder
     holds another run, which must not be lost.
     """
+    folder.refuse_work_of_others(options.TRAINING.program)
     if args.overwrite or not folder.is_started():
         return None
     before = folder.args()
@@ -127,26 +134,27 @@ def starting_point(network, args, folder):
     if left_out:  # the state of its optimiser does not fit either
         checkpoint = {**checkpoint, "left_out": left_out}
         checkpoint.pop("tally", None)
-    if not args.restart and int(checkpoint.get("epoch", 0)) >= args.epochs:
+    epoch = checkpoint.get("epoch", 0)
+    if not args.restart and isinstance(epoch, int) and epoch >= args.epochs:
         left = f"nothing is left of --epochs {args.epochs} (--restart takes only the weights)"
-        raise UserError(f"{source} is after epoch {checkpoint['epoch']}: {left}")
+        raise UserError(f"{source} is after epoch {epoch}: {left}")
     return checkpoint
 
 
-def take_over(folder, args, origin):
-    """Readies the folder, now that it is held: returns the last checkpoint of a run that is continued, else None.
+def take_over(folder, args, origin, held):
+    """Holds the folder for as long as `held`; returns the last checkpoint of a run that is continued, else None.
 
     Raises UserError if the folder's run has changed since `origin` was read.
     """
+    held.enter_context(session.hold(folder, options.TRAINING.program))
     if origin_of_run(folder, args) != origin:
         raise UserError(f"{folder.path}: another process has just trained there; rerun the same command to continue it")
-    if args.overwrite:
-        folder.clear()
     return folder.checkpoint(repair=True) if origin else None
 
 
-def introduce(training, start):
-    """Says what will run, on what, and where. `start`: the checkpoint that a new run starts from, or None."""
+def introduce(training, start, notes):
+    """Says what will run, on what, and where. `start`: the checkpoint that a new run starts from, or None; `notes`:
+    what in a checkpoint is not as it was."""
     args, world, datasets = training.args, training.world, training.datasets
     state, say = training.state, training.log.say
     total, learned = session.count_parameters(training.network)
@@ -160,7 +168,8 @@ def introduce(training, start):
         rate = f"the learning rate stays {args.lr:g}, it is not scaled with the number of processes"
         say(f"{world.size} processes share each batch of {args.batch_size} images; {rate}")
     if state.left_out:
-        say(f"{state.left_out} images of each epoch are left out: they are fewer than the processes")
+        why = "they are fewer than the processes" if world.size > 1 else "batch norm needs two"
+        say(f"{state.left_out} images of each epoch are left out: {why}")
     if start:
         say(f"weights from {args.resume}" + ("" if args.restart else f", resumed after epoch {state.epoch}"))
         if "left_out" in start:
@@ -169,6 +178,8 @@ def introduce(training, start):
         say(f"already finished: all {state.epoch} epochs are done")
     elif state.history.rows:
         say(f"resumed after epoch {state.epoch}" + f", step {state.step}" * (state.step > 0))
+    for note in notes:
+        say(f"WARNING: {note}")
 
 
 if __name__ == "__main__":

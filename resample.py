@@ -30,6 +30,7 @@ from utils.runs.checkpoints import checkpoint_of, save
 from utils.runs.folder import RunFolder
 from utils.runs.log import RunLog
 from utils.runs.networks import load_network, network_config
+from utils.runs.stop import StopRequest
 
 TOLERANCE = 2.0  # percent, between machines and precisions
 
@@ -40,18 +41,26 @@ def main(argv=None):
     rainbow_layers.register()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = options.parse_sampling(argv)
+    with StopRequest():
+        sample(args, argv)
+    return 0
+
+
+def sample(args, argv):
+    """Samples in the folder --dir, which this process holds meanwhile."""
     device = pick_device(args.device)
     session.set_precision(device)
     experiment, folder = find_experiment(args), RunFolder(args.checkpoints, args.dir)
+    folder.refuse_work_of_others(options.SAMPLING.program)
     trained = load_network(experiment, args.epoch, device)
     checkpoint = partial(checkpoint_of, args=resized_args(trained, args.num_atoms), data=trained, epoch=0)
     sampler = prepare(args, trained.network, load_data(args, trained, experiment), device)
     check_accuracy(args, experiment, sampler)
     about = {"source": digest([sampler.trained]), "widths": sampler.widths}
-    with session.hold(folder):
+    with session.hold(folder, options.SAMPLING.program):
         rows = known_rows(folder, args, about["source"])
         log = RunLog(folder)
-        with session.failures_noted(log):
+        with session.failures_noted(folder), as_user_error(kind=RainbowError):
             if rows is None:
                 start_over(folder, log, args)
             session.describe(folder, argv, vars(args), sampler.trained, **about)
@@ -62,7 +71,6 @@ def main(argv=None):
             log.status("finished", args.num_repeats, args.num_repeats, *summary(rows))
             layers = f"layers 1..{samples.rainbow_layer(rows)} of {len(sampler.widths)}"
             log.say(f"{args.num_repeats} samples: {layers}: top-1 {summary(rows)[0]:.2f} % on average")
-    return 0
 
 
 def find_experiment(args):
@@ -160,9 +168,7 @@ def known_rows(folder, args, source):
 def start_over(folder, log, args):
     """Removes older samples; their description goes first, so that nothing is taken for what it is not."""
     log.status("running", 0, args.num_repeats)
-    names = ("args.json", "log.txt", samples.NAME)
-    for path in [*(folder.path / name for name in names), *folder.path.glob("checkpoint_repeat*.pt")]:
-        path.unlink(missing_ok=True)
+    folder.remove("args.json", "log.txt", samples.NAME, "checkpoint_repeat*.pt")
 
 
 def sample_all(folder, log, args, sampler, rows, checkpoint):

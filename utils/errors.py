@@ -2,9 +2,14 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import signal
 import sys
+import tempfile
+import traceback
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # of a disk that takes no more
 
 
 class RunError(Exception):
@@ -63,14 +68,26 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def run_main(main, argv=None):
-    """Runs `main(argv)` and exits; a RunError becomes one line, any other error keeps its traceback.
+def cause_of(error):
+    """An error that is not explained, in one line: its type and what it says first."""
+    text = " ".join(str(error).strip().partition("\n\n")[0].split())
+    return f"{type(error).__name__}: {text[:400]}".removesuffix(": ")
 
-    A disk that takes no more lines, or a reader that has gone, does not change the status.
+
+def run_main(main, argv=None):
+    """Runs `main(argv)` and exits; any error becomes one line, the traceback of one that is not explained a file.
+
+    A disk that takes no more lines, or a reader that has gone, does not change the status; nor do closed streams, and
+    characters that they cannot show.
     """
     program = os.path.basename(sys.argv[0])
     rank = os.environ.get("RANK", "0")
     prefix = program if rank == "0" else f"{program} (rank {rank})"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with contextlib.suppress(AttributeError, OSError):  # not a stream of text, or one that became a pipe
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         status = main(argv)
     except RunError as error:
@@ -79,6 +96,13 @@ def run_main(main, argv=None):
     except KeyboardInterrupt:
         complain(f"{prefix}: interrupted")
         status = 128 + signal.SIGINT
+    except Exception as error:
+        status = WriteError.exit_status if getattr(error, "errno", None) in FULL else RunError.exit_status
+        text = f"{prefix}: error: {cause_of(error)}"
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", suffix=".log", delete=False) as file:
+            traceback.print_exc(file=file)
+            text += f"; the traceback is in {file.name}"
+        complain(text)
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)

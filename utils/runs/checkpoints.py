@@ -11,7 +11,7 @@ import torch
 from utils.errors import UserError, first_line
 from utils.files import atomic_write
 from utils.runs.options import arch_name
-from utils.runs.original import convert_original, is_original
+from utils.runs.original import convert_original, is_original, plain_names
 
 
 def save(path, checkpoint, previous=None):
@@ -22,7 +22,7 @@ def save(path, checkpoint, previous=None):
 
 
 def load(path):
-    """The checkpoint in a file, on the CPU: a dict with a `state_dict`.
+    """The checkpoint in a file, on the CPU: a dict with a `state_dict`, which also may be all that the file holds.
 
     Every part is compared with its checksum first. Raises UserError if the file is missing, damaged, not a
     checkpoint, or holds anything but tensors and plain values.
@@ -40,10 +40,12 @@ def load(path):
         raise UserError(f"{path}: refused: not only tensors and plain values") from error
     except Exception as error:  # whatever a damaged file makes its readers raise
         raise UserError(f"{path}: damaged or not a checkpoint ({first_line(error)})") from error
+    if isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values())):
+        checkpoint = {"state_dict": checkpoint}
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path}: not a checkpoint of this program or the authors' (it has no state_dict)")
-    return checkpoint
+    return {**checkpoint, "state_dict": plain_names(state)}
 
 
 def is_saved_epoch(epoch):
@@ -75,6 +77,7 @@ def load_weights(network, state_dict, source, loose=False):
     loose: weights that do not fit stay as they are. Else raises UserError, naming `source` and what does not fit; the
     network is then unchanged.
     """
+    state_dict = plain_names(state_dict)
     if is_original(state_dict):
         state_dict = convert_original(state_dict, network, source, loose)
     own = network.state_dict()

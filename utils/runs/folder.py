@@ -5,38 +5,55 @@ previous.pt (the last.pt before), best.pt and epoch_{0,1,2,5,10,20,50,…}.pt. E
 and renamed into it: a reader finds the old content or the new, never a part.
 """
 
+import errno
 import os
 import re
 import sys
 from pathlib import Path
 
-from utils.errors import UserError
-from utils.files import read_json
+from utils.errors import UserError, WriteError
+from utils.files import read_json, writing
 from utils.runs.checkpoints import load, save
-from utils.runs.options import TRAINING
+from utils.runs.options import SAMPLING, TRAINING
 
 _RECORDS = ("args.json", "metrics.csv", "log.txt", "status.json")
+_CHECKPOINTS = ("last.pt", "previous.pt", "best.pt", "epoch_*.pt")
+# What a folder holds if a program works there: an argument in args.json, files
+_TRACES = {
+    TRAINING.program: ("arch", (*_CHECKPOINTS, "metrics.csv")),
+    SAMPLING.program: ("experiment", ("accuracies.csv", "checkpoint_repeat*.pt")),
+}
 
 
 class RunFolder:
-    """The folder ROOT/NAME of a run. Raises UserError for a name that leads out of ROOT."""
+    """The folder ROOT/NAME of a run. Raises UserError for a name that leads out of ROOT, or to ROOT itself."""
 
     def __init__(self, root, name):
         parts = re.split(r"[/\\]", str(name))
-        if not name or ".." in parts or Path(name).is_absolute() or not str(name).isprintable() or ":" in parts[0]:
+        is_inside = Path(name).parts and ".." not in parts and not Path(name).is_absolute() and ":" not in parts[0]
+        if not is_inside or not str(name).isprintable():
             raise UserError(f"--dir {name}: not a name of a run, which must stay inside {root}")
         self.name = str(name)
         self.path = Path(root) / name
 
     def create(self):
-        """Makes the folder. Raises UserError if it cannot be written."""
+        """Makes the folder. Raises UserError for a path that no folder can have, WriteError if it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}.tmp"
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+            is_path = error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+            kind = UserError if is_path else WriteError
+            raise kind(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    def refuse_work_of_others(self, program):
+        """Raises UserError if the folder holds what another program than `program` has left."""
+        stored = read_json(self.path / "args.json", default={}).get("args") or ()
+        for other, (argument, names) in _TRACES.items():
+            if other != program and (argument in stored or any(any(self.path.glob(name)) for name in names)):
+                raise UserError(f"{self.path} holds the work of {other}: give another --dir")
 
     def is_started(self):
         """Whether a run has left a checkpoint to resume from."""
@@ -83,7 +100,8 @@ class RunFolder:
             checkpoint = load(previous)
             print(f"WARNING: {error}; using {previous} instead", file=sys.stderr)
         if repair:
-            os.replace(previous, path)
+            with writing(path):
+                os.replace(previous, path)
         return checkpoint
 
     def save_last(self, checkpoint):
@@ -92,13 +110,18 @@ class RunFolder:
 
     def clean(self):
         """Removes what a killed process left half-written. Only for the holder of the folder's lock."""
-        for file in self.path.glob(".*.tmp"):
-            file.unlink(missing_ok=True)
+        self.remove(".*.tmp")
 
     def clear(self):
         """Removes what a run has left. Only for the holder of the folder's lock."""
-        for file in [*self.path.glob("*.pt"), *(self.path / name for name in _RECORDS)]:
-            file.unlink(missing_ok=True)
+        self.remove(*_RECORDS, *_CHECKPOINTS)
+
+    def remove(self, *patterns):
+        """Removes files of its own, in the order of the patterns of their names. Raises WriteError."""
+        with writing(self.path):
+            for pattern in patterns:
+                for file in self.path.glob(pattern):
+                    file.unlink(missing_ok=True)
 
 
 def find_checkpoint(name, root):

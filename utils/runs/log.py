@@ -28,18 +28,23 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-            self.curves = SummaryWriter(folder.path / "tensorboard")
+            with writing(folder.path / "tensorboard"):
+                self.curves = SummaryWriter(folder.path / "tensorboard")
 
     def say(self, text):
         """Prints a line, and adds it to log.txt."""
         if self.silent:
             return
-        with writing("to the standard output"):
+        with writing("to the standard output"), contextlib.suppress(BrokenPipeError):  # a reader may have gone
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+        self.keep(text)
+
+    def keep(self, text):
+        """Adds lines to log.txt."""
         if self.folder is not None:
             path = self.folder.path / "log.txt"
-            with writing(path), open(path, "a") as file:
+            with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text + "\n")
 
     def bar(self, steps, done, title):
@@ -67,10 +72,14 @@ class RunLog:
         process = {"pid": os.getpid(), "host": socket.gethostname(), "updated": time.time()}
         write_json(self.folder.path / "status.json", {**progress, **process, "message": message})
 
-    def failed(self, message):
-        """Notes in status.json that the run has failed, and why, if the disk still allows it."""
-        if self.folder is None:
-            return
+    def ended(self, state, message, since):
+        """Notes in status.json that the run has "failed" or "stopped", and why, if the disk still allows it.
+
+        What another process of this run has noted `since` it began stays. Returns the message that stands there.
+        """
         with contextlib.suppress(UserError, WriteError):
             known = self.folder.status()
-            self.status("failed", *map(known.get, ("epoch", "epochs", "acc1", "best_acc1")), message)
+            if known.get("state") in ("failed", "stopped") and known.get("updated", 0) >= since:
+                return known.get("message") or message
+            self.status(state, *map(known.get, ("epoch", "epochs", "acc1", "best_acc1")), message)
+        return message

@@ -31,12 +31,12 @@ def _modules(flags, help):
 
 
 # fmt: off
-_DATA = Option("--data", to.text, None, "ImageNet: the folder with train/ and val/; ImageNet32: the folder of its "
+_DATA = Option("--data", to.path, None, "ImageNet: the folder with train/ and val/; ImageNet32: the folder of its "
                "batches", "DIR", free=True)
-_DATA_DIR = Option("--data-dir", to.text, "data", "folder of CIFAR and MNIST, downloaded if missing", "DIR", free=True)
+_DATA_DIR = Option("--data-dir", to.path, "data", "folder of CIFAR and MNIST, downloaded if missing", "DIR", free=True)
 _WORKERS = Option("-j --workers", to.natural, 4, "processes that read ImageNet", "N", free=True)
 _DEVICE = Option("--device", to.text, "auto", "cpu, cuda, cuda:N, mps, or auto: the best available", free=True)
-_CHECKPOINTS = Option("--checkpoints", to.text, "checkpoints", "folder of the runs' folders", "DIR", free=True)
+_CHECKPOINTS = Option("--checkpoints", to.path, "checkpoints", "folder of the runs' folders", "DIR", free=True)
 
 TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grouped(
     Group("network"),
@@ -144,9 +144,9 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     Option("--compile", None, False, "compile the network (torch.compile)", free=True),
     Option("--tf32", None, False, "TensorFloat-32 products (CUDA GPUs)", free=True),
     Group("run"),
-    Option("--dir", to.text, None, "name of the run (default: from data, network and time)", "NAME", free=True),
+    Option("--dir", to.path, None, "name of the run (default: from data, network and time)", "NAME", free=True),
     _CHECKPOINTS,
-    Option("--resume", to.text, None, "checkpoint to start from: a file or a run, as it is or in --checkpoints; "
+    Option("--resume", to.path, None, "checkpoint to start from: a file or a run, as it is or in --checkpoints; "
            "also one of the authors' program", "FILE"),
     Option("--restart", None, False, "take only the weights of --resume"),
     Option("--loose-resume", None, False, "take what fits of the weights of --resume, and leave the rest as drawn"),
@@ -161,8 +161,8 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
 ), foreign=FOREIGN, upgraded=upgraded)
 
 SAMPLING = CommandLine("resample.py", "Samples rainbow networks of a trained experiment.", (
-    Option("--experiment", to.text, None, "run to sample from", "NAME", required=True),
-    Option("--dir", to.text, None, "folder of samples (default resamplings/resample-EXPERIMENT)", "NAME", free=True),
+    Option("--experiment", to.path, None, "run to sample from", "NAME", required=True),
+    Option("--dir", to.path, None, "folder of samples (default resamplings/resample-EXPERIMENT)", "NAME", free=True),
     _CHECKPOINTS,
     Option("--epoch", to.epoch, None, "sample from this epoch (default: the last, -1)", "E"),
     Option("--num-atoms", to.positive_int, None, "widths of all layers but the classifier (default: the trained)",

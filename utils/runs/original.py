@@ -11,6 +11,14 @@ _BLOCK = re.compile(r"module\.(\d+)\.(.+)")
 _UNUSED = re.compile(r".*\.(phis|psis)|(.*\.)?non_linearity\d*\.(gain|bias)")
 
 
+def plain_names(state_dict):
+    """The weights without the names that torch.compile and DistributedDataParallel put before theirs."""
+    state_dict = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
+    while state_dict and all(name.startswith("module.") and not _BLOCK.fullmatch(name) for name in state_dict):
+        state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    return state_dict
+
+
 def is_original(state_dict):
     """Whether the names are those of the authors' program."""
     return any(name.startswith("module.") or _UNUSED.fullmatch(name) for name in state_dict)
@@ -21,8 +29,6 @@ def convert_original(state_dict, network, source="the checkpoint", loose=False):
 
     Raises UserError for what has no counterpart, unless it is `loose`: then it is left out.
     """
-    if all(name.startswith("module.") and not _BLOCK.fullmatch(name) for name in state_dict):
-        state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}  # DataParallel's
     own = network.state_dict()
     converted = {name: own[name] for name in _identities(network)}
     for name, value in state_dict.items():

@@ -10,7 +10,7 @@ from torch import nn
 
 from models.standardization import SharedBatchNorm2d
 from utils.device import pick_device
-from utils.errors import UserError
+from utils.errors import RunError, UserError, cause_of
 
 LAST_TENSORS = 0.2  # seconds for the threads of a process group to free the tensors of its last sums
 
@@ -38,13 +38,20 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
-    def from_main(self, value):
-        """The main rank's value, a plain object, on all ranks. Collective: every rank must call it."""
+    def from_main(self, make):
+        """What `make()` returns on the main rank, or its RunError, on all. Collective: every rank must call it."""
         if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
-        return values[0]
+            return make()
+        made = [None, None]
+        if self.is_main:
+            try:
+                made[0] = make()
+            except RunError as error:
+                made[1] = error
+        dist.broadcast_object_list(made, src=0, device=self.device)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
 
     def leave(self):
         """Ends the group of processes.
@@ -60,13 +67,12 @@ class World:
 def join(device_name, environ=os.environ):
     """The `World` of this process: of torchrun's processes if it is one of them, otherwise alone.
 
-    Raises UserError if the device is absent or there are fewer GPUs than processes.
+    Raises UserError if the device is absent, there are fewer GPUs than processes, or the processes cannot meet.
     """
-    size = int(environ.get("WORLD_SIZE", 1))
+    size, local_rank = _size_and_local_rank(environ)
     device = pick_device(device_name)
     if size == 1:
         return World(device)
-    local_rank = int(environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"{size} processes, but this machine has {torch.cuda.device_count()} GPU(s)")
@@ -74,8 +80,31 @@ def join(device_name, environ=os.environ):
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"--device {device_name}: several processes need cuda or cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the {size} processes do not meet: {cause_of(error)}") from error
     return World(device, dist.get_rank(), size)
+
+
+def _size_and_local_rank(environ):
+    """How many processes there are, and which of this machine's this one is. Raises UserError unless torchrun says all.
+
+    A scheduler may set some of the variables for a task that is alone.
+    """
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    found = {name: environ[name] for name in names if environ.get(name, "").strip()}
+    said = ", ".join(f"{name}={value}" for name, value in found.items())
+    remedy = "start several processes with torchrun, and unset these variables for one"
+    if not all(value.strip().isdecimal() for value in found.values()):
+        raise UserError(f"{said}: should be integers; {remedy}")
+    size, rank, local_rank = (int(found.get(name, default)) for name, default in zip(names, (1, 0, 0)))
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    if size > 1 and missing:
+        raise UserError(f"{said}, but without {', '.join(missing)}: {remedy}")
+    if not max(rank, local_rank) < size:
+        raise UserError(f"{said}: there is no such process among {size}; {remedy}")
+    return size, local_rank
 
 
 def shared(network, world):

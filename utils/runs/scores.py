@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
+
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,15 @@ class Score:
     acc1: float
     acc5: float
     images: int
+
+
+def sum_of_losses(logits, labels):
+    """The sum of the cross-entropies (nats) of logits (B, classes) and labels (B,). Raises UserError for others."""
+    is_integer = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or not is_integer:
+        found = f"scores {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)}"
+        raise UserError(f"{found}: should be (images, classes) and integers (images,)")
+    return cross_entropy(logits, labels.long(), reduction="sum")
 
 
 class Tally:

@@ -2,13 +2,17 @@
 
 import contextlib
 import platform
+import re
+import time
+import traceback
 from importlib import metadata
 
 import torch
 
-from utils.errors import StoppedError, UserError
+from utils.errors import RunError, StoppedError, UserError, WriteError, cause_of
 from utils.files import write_json
 from utils.lock import Lock
+from utils.runs.log import RunLog
 
 
 def set_precision(device, tf32=False):
@@ -21,24 +25,44 @@ def set_precision(device, tf32=False):
 
 
 @contextlib.contextmanager
-def hold(folder):
-    """The folder for this process alone, free of half-written files. Raises UserError if another process holds it."""
+def hold(folder, program):
+    """The folder for this process alone, free of half-written files. Raises UserError if another process holds it, or
+    if another program than `program` works there."""
+    folder.refuse_work_of_others(program)
     folder.create()
     with Lock(folder.path / "lock"):
+        folder.refuse_work_of_others(program)
         folder.clean()
         yield
 
 
 @contextlib.contextmanager
-def failures_noted(log):
-    """Notes in status.json why the run fails, if it does."""
+def failures_noted(folder):
+    """Notes in status.json why the work in a folder fails, if it does: the first cause of all processes.
+
+    The traceback of an error that is not explained goes to log.txt, and a RunError says so in one line.
+    """
+    log, since = RunLog(folder, silent=True), time.time()
     try:
         yield
-    except StoppedError:
+    except RunError as error:
+        is_stop = isinstance(error, StoppedError)
+        log.ended("stopped" if is_stop else "failed", str(error) if is_stop else cause_of(error), since)
         raise
     except Exception as error:
-        log.failed(f"{type(error).__name__}: {error}")
-        raise
+        first = log.ended("failed", cause_of(error) + hint_for(error), since)
+        with contextlib.suppress(WriteError):
+            log.keep(traceback.format_exc())
+        raise RunError(f"{first}; the traceback is in {folder.path / 'log.txt'}") from error
+
+
+def hint_for(error):
+    """What may help against the error of a library."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return " (--compile needs a C++ compiler that works: leave it out, or install one)"
+    if torch.distributed.is_initialized() and re.search("peer|gloo|NCCL", str(error)):
+        return " (another process of this training has died, perhaps for want of memory)"
+    return ""
 
 
 def refuse_changes(folder, what, command_line, before, after):

@@ -12,57 +12,37 @@ import signal
 import time
 
 import torch
-from torch.nn import functional as F
 
 from models.block import exclude_from_compilation
 from utils.errors import DivergedError, StoppedError
 from utils.runs.checkpoints import is_saved_epoch, save
 from utils.runs.ranks import shared
-from utils.runs.scores import Tally
+from utils.runs.scores import Tally, sum_of_losses
 from utils.runs.state import State
 
 SYNC_EVERY = 16  # steps between two exchanges of stop requests among ranks
-
-
-class StopRequest:
-    """A context in which SIGTERM and Ctrl-C are noted in `signum`; a second Ctrl-C interrupts at once."""
-
-    signum = None
-
-    def __enter__(self):
-        self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception):
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum, frame):
-        if self.signum == signal.SIGINT == signum:
-            raise KeyboardInterrupt
-        self.signum = signum
 
 
 class Training:
     """One training: `run` it, from the start or from where its `state` was restored to.
 
     `network` is on the device of `world`; `datasets` are those of `load_datasets`, `args` those of `options.parse`; the
-    folder of `log` takes the checkpoints.
+    folder of `log` takes the checkpoints; `stop` is an entered StopRequest.
     """
 
-    def __init__(self, network, datasets, args, world, log):
+    def __init__(self, network, datasets, args, world, log, stop):
         self.network, self.datasets, self.args, self.world, self.log = network, datasets, args, world, log
         self.state = State(network, datasets, args, world)
         self.forward, self.forward_alone = shared(network, world), network  # by all ranks together, and alone
         if args.compile:
             exclude_from_compilation(network)
             self.forward, self.forward_alone = torch.compile(self.forward), torch.compile(network)
-        self.stop = StopRequest()
+        self.stop = stop
 
     def run(self):
         """Trains to the last epoch. Raises StoppedError, its state saved, DivergedError or WriteError."""
         state = self.state
-        with self.stop:
+        with self.stop.later():
             if not state.history.rows:
                 self._record(None, self.validate(), 0.0)
             while state.epoch < self.args.epochs:
@@ -83,7 +63,7 @@ class Training:
             batches = self._batches(self.datasets.train, train=True, start=first)
             for images, labels in itertools.islice(batches, max(state.steps - first, 0)):
                 self._stop_if_asked(state.step)
-                if len(labels) or self.world.size > 1:
+                if self.world.size > 1 or len(labels) >= state.least(len(labels)):
                     state.tally.add(state.step, *self.train_step(images, labels))
                 state.step += 1
                 bar.update(1)
@@ -97,7 +77,7 @@ class Training:
         """One step of SGD on this rank's images. Returns logits, labels and the sum of losses, for the tally."""
         with self._autocast():
             logits = self.forward(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        loss = sum_of_losses(logits.float(), labels)
         self.state.optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel averages over ranks: a rank's part of the mean is its sum of losses times size / batch
         left = len(self.datasets.train) - self.state.step * self.args.batch_size
@@ -118,7 +98,7 @@ class Training:
                 self._stop_if_asked(step)
                 if len(labels):
                     logits = self.forward_alone(images).float()
-                    tally.add(step, logits, labels, F.cross_entropy(logits, labels, reduction="sum"))
+                    tally.add(step, logits, labels, sum_of_losses(logits, labels))
                 bar.update(1)
         score, bad = tally.score(steps, self.world)
         if bad:
@@ -129,7 +109,16 @@ class Training:
         args, world, epoch = self.args, self.world, self.state.epoch
         order = {"shuffle": train, "seed": args.seed, "epoch": epoch, "augment": train, "start_step": start}
         place = {"rank": world.rank, "world_size": world.size, "workers": args.workers, "device": world.device}
-        return images.loader(args.batch_size, **order, **place, bad_images=args.bad_images)
+        batches = iter(images.loader(args.batch_size, **order, **place, bad_images=args.bad_images))
+        while True:
+            with self.stop.later(world.size > 1):  # several processes must agree
+                try:
+                    batch = next(batches, None)
+                except StoppedError:
+                    self._stop_if_asked(0)
+            if batch is None:
+                return
+            yield batch
 
     def _autocast(self):
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.args.amp else contextlib.nullcontext()
@@ -146,7 +135,6 @@ class Training:
         if self.log.folder is not None:
             self.log.folder.save_last(checkpoint)
         where = f"stopped in {self._where(self.state.step)}"
-        self._status("stopped", where)
         signum = self.stop.signum or signal.SIGTERM
         raise StoppedError(f"{where}; state saved; rerun the same command to resume", signum)
 
@@ -186,6 +174,6 @@ class Training:
         folder.save_last(state.checkpoint())
         self._status("running")
 
-    def _status(self, status, message=""):
+    def _status(self, status):
         history = self.state.history
-        self.log.status(status, self.state.epoch, self.args.epochs, history.acc1, history.best_acc1, message)
+        self.log.status(status, self.state.epoch, self.args.epochs, history.acc1, history.best_acc1)

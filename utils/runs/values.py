@@ -1,7 +1,7 @@
 """Values of options: each function converts one word of a command line, or says what is wrong with it."""
 
+import os
 import re
-import sys
 from argparse import ArgumentTypeError
 
 from models.names import IDENTITY, MODULES, check_names
@@ -28,7 +28,7 @@ _PREDEFINED = {  # names of blocks in the authors' program
     "scatnetblockanalysis": "Fw rho Std P N FrhoF",
     "blockanalysis": "Std P N FrhoF",
 }
-_FLOAT = sys.float_info.max
+_FLOAT = 3.4e38  # the largest in single precision
 positive_int = _number(int, 1, "a positive integer")
 natural = _number(int, 0, "an integer of at least 0")
 seed = _number(int, 0, "an integer of at least 0", high=2**63 - 1)
@@ -59,9 +59,19 @@ def one_or_many(values):
     return values[0] if len(values) == 1 else values
 
 
+def path(word):
+    """The name of a file or folder, ~ and variables expanded; not one that no disk can have."""
+    found = os.path.expandvars(os.path.expanduser(text(word)))
+    if re.match(r"~|.*\$(\w|{\w+})", found) and not os.path.lexists(found):
+        raise ArgumentTypeError(f"{word!r} names a user or a variable that does not exist")
+    if max(map(len, os.fsencode(found).split(b"/"))) > 255 or len(os.fsencode(found)) > 4000:
+        raise ArgumentTypeError(f"{word[:40]!r}… is too long a name")
+    return found
+
+
 def matrix_file(word):
     """The name of a file that holds one matrix."""
-    return text(word)
+    return path(word)
 
 
 def channels(word):

@@ -20,7 +20,7 @@ from models.signal import Signal
 from tests.conftest import ROOT
 from tests.training_runs import NETWORKS, STEPS, command, is_same, train
 from utils.errors import DivergedError, StoppedError, UserError, WriteError
-from utils.runs import options, session, training
+from utils.runs import options, session
 from utils.runs.checkpoints import load
 from utils.runs.folder import RunFolder
 from utils.runs.networks import network_config
@@ -94,7 +94,7 @@ def test_a_run_started_by_the_first_version_resumes():
     finished = train("norm", "run")
     assert "resumed after epoch 1, step 2" in Path("checkpoints/run/log.txt").read_text()
     assert finished["history"][:2] == stopped["history"] and len(finished["history"]) == 4
-    assert finished["args"].items() >= stopped["args"].items() and finished.keys() == stopped.keys()
+    assert finished["args"].items() >= stopped["args"].items() and finished.keys() >= stopped.keys()
 
 
 def test_the_same_words_resume_a_run_as_they_were_read_when_it_started():
@@ -180,15 +180,12 @@ def test_curves_for_tensorboard():
     assert list(RunFolder("checkpoints", "run").path.glob("tensorboard/events*"))
 
 
-def test_ctrl_c_ends_with_130_and_a_second_one_at_once(at_call):
+def test_ctrl_c_ends_with_130(at_call):
     at_call(3, "train_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(StoppedError, match="step 3 of 4") as stopped:
         train("norm", "run")
     assert stopped.value.exit_status == 130
     assert RunFolder("checkpoints", "run").status()["state"] == "stopped"
-    with training.StopRequest(), pytest.raises(KeyboardInterrupt):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("print_freq", [1, 1000])
