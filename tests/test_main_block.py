@@ -59,7 +59,7 @@ def status_of(argv):
 )
 def test_every_mistake_is_one_line_and_leaves_nothing(capsys, monkeypatch, network, more, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+    torch.save({"weights": [torch.zeros(3)]}, "foreign.pt")
     for file in ("other.pt", "truncated.pt"):
         torch.save({"state_dict": {"a": torch.zeros(1000)}, "epoch": 1}, file)
     os.truncate("truncated.pt", 2000)

@@ -110,10 +110,15 @@ class Trained(NamedTuple):
 def load_network(folder, epoch=None, device="cpu"):
     """The `Trained` network of a run, in evaluation mode on `device`.
 
-    `folder` is a RunFolder, or the path of a checkpoint. Raises UserError for anything missing, damaged or foreign.
+    `folder` is a RunFolder, or the path of a checkpoint. Raises UserError for anything missing, damaged or foreign: no
+    older epoch stands in for the last.
     """
-    is_run = isinstance(folder, RunFolder)
-    checkpoint, source = (folder.checkpoint(epoch), folder.file(epoch)) if is_run else (load(folder), folder)
+    source = folder.file(epoch) if isinstance(folder, RunFolder) else folder
+    try:
+        checkpoint = load(source) if epoch is None else folder.checkpoint(epoch)
+    except UserError as error:
+        remedy = "; the command that trained it mends it" if epoch is None and source is not folder else ""
+        raise UserError(f"{error}{remedy}") from error
     stored, state_dict = checkpoint.get("args"), checkpoint["state_dict"]
     args = TRAINING.restore(stored, source)
     try:

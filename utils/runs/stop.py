@@ -49,6 +49,17 @@ class StopRequest:
         finally:
             self.is_later = before
 
+    def awaited(self, items):
+        """The items, up to a request to stop that comes while one is waited for: that is obeyed at once."""
+        items = iter(items)
+        with contextlib.suppress(StoppedError):
+            while True:
+                with self.later(False):
+                    item = next(items, None) if self.signum is None else None
+                if item is None:
+                    return
+                yield item
+
 
 def _end_at_the_second(reader):
     first = None

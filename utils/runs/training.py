@@ -31,13 +31,13 @@ class Training:
     """
 
     def __init__(self, network, datasets, args, world, log, stop):
-        self.network, self.datasets, self.args, self.world, self.log = network, datasets, args, world, log
+        self.network, self.datasets, self.args, self.world = network, datasets, args, world
+        self.log, self.stop = log, stop
         self.state = State(network, datasets, args, world)
         self.forward, self.forward_alone = shared(network, world), network  # by all ranks together, and alone
         if args.compile:
             exclude_from_compilation(network)
             self.forward, self.forward_alone = torch.compile(self.forward), torch.compile(network)
-        self.stop = stop
 
     def run(self):
         """Trains to the last epoch. Raises StoppedError, its state saved, DivergedError or WriteError."""
@@ -69,6 +69,7 @@ class Training:
                 bar.update(1)
                 if state.step % self.args.print_freq == 0 and state.step < state.steps:
                     self._report(bar)
+            self._stop_if_asked(0)
             score = self._score()
         done = score.images * (state.step - first) / max(state.step, 1)
         return score, done / (time.perf_counter() - began)
@@ -100,6 +101,7 @@ class Training:
                     logits = self.forward_alone(images).float()
                     tally.add(step, logits, labels, sum_of_losses(logits, labels))
                 bar.update(1)
+            self._stop_if_asked(0)
         score, bad = tally.score(steps, self.world)
         if bad:
             self._diverged(f"validation after epoch {self.state.epoch + (self.state.step > 0)}, step {bad} of {steps}")
@@ -109,16 +111,8 @@ class Training:
         args, world, epoch = self.args, self.world, self.state.epoch
         order = {"shuffle": train, "seed": args.seed, "epoch": epoch, "augment": train, "start_step": start}
         place = {"rank": world.rank, "world_size": world.size, "workers": args.workers, "device": world.device}
-        batches = iter(images.loader(args.batch_size, **order, **place, bad_images=args.bad_images))
-        while True:
-            with self.stop.later(world.size > 1):  # several processes must agree
-                try:
-                    batch = next(batches, None)
-                except StoppedError:
-                    self._stop_if_asked(0)
-            if batch is None:
-                return
-            yield batch
+        batches = images.loader(args.batch_size, **order, **place, bad_images=args.bad_images)
+        return batches if world.size > 1 else self.stop.awaited(batches)  # several processes must agree
 
     def _autocast(self):
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.args.amp else contextlib.nullcontext()
@@ -134,9 +128,8 @@ class Training:
         checkpoint = self.state.checkpoint()
         if self.log.folder is not None:
             self.log.folder.save_last(checkpoint)
-        where = f"stopped in {self._where(self.state.step)}"
-        signum = self.stop.signum or signal.SIGTERM
-        raise StoppedError(f"{where}; state saved; rerun the same command to resume", signum)
+        where = f"stopped in {self._where(self.state.step)}" + "; state saved" * (self.log.folder is not None)
+        raise StoppedError(f"{where}; rerun the same command to resume", self.stop.signum or signal.SIGTERM)
 
     def _where(self, step):
         return f"epoch {self.state.epoch + 1}, step {step} of {self.state.steps}"
