@@ -158,7 +158,11 @@ def introduce(training, start, notes):
     args, world, datasets = training.args, training.world, training.datasets
     state, say = training.state, training.log.say
     total, learned = session.count_parameters(training.network)
-    precision = ["bfloat16 (autocast)" if args.amp else "float32"] + ["TF32"] * args.tf32 + ["compiled"] * args.compile
+    precision = (
+        ["bfloat16 (autocast)" if args.amp else "float32"]
+        + ["TF32"] * args.tf32
+        + ["compiled"] * (args.compile and options.is_standard(args))
+    )
     say(f"{training.log.folder.path}: {options.arch_name(args)}, {total:,} parameters, {learned:,} of them learned")
     images = f"{len(datasets.train)} images for training, {len(datasets.val)} for validation"
     steps = f"{state.steps} steps of {args.batch_size} images an epoch"

@@ -169,11 +169,9 @@ def _through(stages, x):
 
 
 def exclude_from_compilation(network):
-    """Keep `torch.compile` from the fused operations of a network: their backward is their own."""
-    for block in network.modules():
-        if isinstance(block, Block) and block.fused is not None:
-            block.runs_fused = torch.compiler.disable(block.runs_fused)
-            block.fused.forward = torch.compiler.disable(block.fused.forward)
+    """Keep `torch.compile` from a network with blocks: its operations are complex, or have their own backward pass."""
+    if any(isinstance(module, Block) for module in network.modules()):
+        network.forward = torch.compiler.disable(network.forward)
 
 
 def _is_as_built(module, kind, children):

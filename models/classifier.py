@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.config import ScatNetConfig
-from models.standardization import SharedBatchNorm2d
+from models.standardization import SharedBatchNorm2d, single
 
 
 def complex_to_real(x):
@@ -15,6 +15,7 @@ def complex_to_real(x):
 
 def real_to_complex(x):
     """The inverse of `complex_to_real`: (B, 2C, M, N) real -> (B, C, M, N) complex."""
+    x = single(x)
     return torch.complex(x[:, 0::2], x[:, 1::2])
 
 

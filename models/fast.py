@@ -12,6 +12,7 @@ projection's own matrix products:
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,13 @@ from torch import nn
 
 from models.matmul import times_transposed, transposed_times
 from models.planar import ColumnLayout, consecutive, to_planar
-from models.standardization import EPSILON, count_over_ranks, sum_over_ranks
+from models.standardization import EPSILON, count_over_ranks, is_distributed, sum_over_ranks
 from models.wavelet_maps import WaveletMaps
 
 _CHUNK_BYTES = 4 << 20  # measured: wavelet coefficients of a chunk on a CPU
 _CHUNK_BYTES_GPU = 1 << 30
 _GROUP_ROWS = 2048  # measured: with fewer rows, reading the weights dominates the projection
-_PRODUCT_ROWS = 16384  # bounds the copies of the features' columns that the weights' gradients need
+_PRODUCT_ROWS = 16384  # on a CPU, bounds the copies of the features' columns that the weights' gradients need
 _SMALLEST_MODULUS = 1e-18  # below it the modulus has no gradient
 
 
@@ -35,7 +36,7 @@ class Statistics:
 
     mean: torch.Tensor
     var: torch.Tensor
-    count: int = 0
+    count: int | torch.Tensor = 0
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -53,7 +54,7 @@ class _FusedBlock(torch.autograd.Function):
         if keep:
             ctx.statistics = statistics
             ctx.save_for_backward(x, weight, features, y, norms, *matrices)
-        count = torch.tensor(statistics.count)
+        count = torch.as_tensor(statistics.count)
         ctx.mark_non_differentiable(statistics.mean, statistics.var, count)
         return y, statistics.mean, statistics.var, count
 
@@ -188,7 +189,8 @@ class FusedBlock(nn.Module):
     def weight_products(self, gradient, features, total, matrices, statistics, lower):
         """Gradients of the matrices W diag(r): products of y's gradient and the centred features."""
         products = []
-        pairs = list(zip(gradient.split(_PRODUCT_ROWS), features.split(_PRODUCT_ROWS), strict=True))
+        size = len(gradient) if gradient.is_cuda else _PRODUCT_ROWS
+        pairs = list(zip(gradient.split(size), features.split(size), strict=True))
         for outputs, columns in consecutive(matrices):
             product = sum(transposed_times(g[:, outputs], f[:, columns], lower) for g, f in pairs)
             products.append(product.addr_(total[outputs], statistics.mean[columns], alpha=-1))
@@ -203,7 +205,8 @@ class FusedBlock(nn.Module):
         if not (self.standardized and of_batch):
             return slope, shift
         for w, product, (outputs, columns) in zip(matrices, products, consecutive(matrices), strict=True):
-            for w_rows, product_rows in zip(w.split(128), product.split(128), strict=True):  # in the cache
+            size = len(w) if w.is_cuda else 128  # in the processor's cache
+            for w_rows, product_rows in zip(w.split(size), product.split(size), strict=True):
                 slope[columns] += (w_rows * product_rows).sum(0)
             shift[columns] += total[outputs] @ w
         sum_over_ranks(slope, shift)
@@ -232,12 +235,15 @@ class FusedBlock(nn.Module):
     def forward(self, x, weight, std=None):
         """x (B, M, N, p·C), W (C', D) in canonical order -> (B, M', N', q·C'); moves `std`'s statistics in training."""
         statistics = None if std is not None and std.training else self._fixed_statistics(std, x)
-        lower = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        with torch.autocast(x.device.type, enabled=False):
+        kind, lower = x.device.type, None
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            lower = torch.get_autocast_dtype(kind)
+        with nullcontext() if lower is None else torch.autocast(kind, enabled=False):
             x = self.maps.split(x.float()).contiguous()
             y, mean, var, count = _FusedBlock.apply(x, weight, self, statistics, lower)
         if statistics is None:
-            std.update(*self.layout.to_channels(mean, var), int(count))
+            count = count if is_distributed() else count.item()
+            std.update(*self.layout.to_channels(mean, var), count)
         return self.maps.join(y)
 
     def _fixed_statistics(self, std, x):

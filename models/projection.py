@@ -8,14 +8,15 @@ from torch.nn import functional as F
 
 from models.config import BlockConfig
 from models.names import IDENTITY
+from models.standardization import single
 
 
 def apply_weight(weight, x):
     """W (N, D) on every position of x (B, D, M, N'), real or complex each -> (B, N, M, N')."""
     if x.is_complex() and not weight.is_complex():
-        return torch.complex(apply_weight(weight, x.real), apply_weight(weight, x.imag))
+        return torch.complex(*(single(apply_weight(weight, part)) for part in (x.real, x.imag)))
     if weight.is_complex() and not x.is_complex():
-        return torch.complex(apply_weight(weight.real, x), apply_weight(weight.imag, x))
+        return torch.complex(*(single(apply_weight(part, x)) for part in (weight.real, weight.imag)))
     return F.conv2d(x, weight[:, :, None, None])
 
 

@@ -9,6 +9,7 @@ from models.config import ScatNetConfig
 from models.frame import Frame
 from models.planar import from_planar, to_planar
 from models.projection import Projection, apply_weight, parseval_step, quadrature_step
+from models.standardization import single
 
 RGB_TO_YUV = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))
 
@@ -24,7 +25,7 @@ class MixInput(nn.Module):
         self.weight = nn.Parameter(start, requires_grad=not yuv)
 
     def forward(self, x):
-        return apply_weight(self.weight, x)
+        return single(apply_weight(self.weight, x))
 
 
 class ScatNet(nn.Module):

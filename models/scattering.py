@@ -5,6 +5,7 @@ from torch import nn
 
 from models.config import BlockConfig
 from models.signal import output_size, padded_size, padding_indices
+from models.standardization import single
 from models.wavelets import filter_bank
 
 
@@ -15,7 +16,7 @@ def reference_transform(x, bank, subsample):
     φ (B, C, M', N') of x's type and ψ (B, C·n, M', N') complex, the filter index fastest, subsampled by 2 or not.
     """
     rows, columns = padding_indices(x.shape[2]), padding_indices(x.shape[3])
-    padded = x[:, :, rows][:, :, :, columns]  # (B, C, P, Q)
+    padded = single(x)[:, :, rows][:, :, :, columns]  # (B, C, P, Q)
     product = torch.fft.fft2(padded)[:, :, None] * bank  # (B, C, n + 1, P, Q)
     if subsample:
         p, q = product.shape[-2:]

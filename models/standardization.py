@@ -22,11 +22,17 @@ def sum_over_ranks(*tensors):
 
 
 def count_over_ranks(count, device):
-    """Sum a number over all processes of a distributed training."""
+    """The sum of a number over all processes; among several, a tensor on `device`, which the host need not wait for."""
     if not is_distributed():
         return count
-    (total,) = sum_over_ranks(torch.tensor(count, device=device))
-    return int(total)
+    dtype = torch.float if device.type == "mps" else torch.double
+    (total,) = sum_over_ranks(torch.full((), count, dtype=dtype, device=device))
+    return total
+
+
+def single(x):
+    """x in single precision at least: autocast hands over bfloat16, which no complex numbers are made of."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.half) else x
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -47,9 +53,9 @@ def centre(x, zero_mean=False):
     """Subtract from x (B, C, M, N), real or complex, the mean of its channels over the batches of all processes.
 
     Returns the centred x, the mean (C,), the biased variance E|x - m|² (C,) and the count of samples, all in float32
-    at least: autocast hands over bfloat16. With `zero_mean` nothing is subtracted.
+    at least. With `zero_mean` nothing is subtracted.
     """
-    x = x.float() if x.dtype in (torch.bfloat16, torch.half) else x
+    x = single(x)
     count = count_over_ranks(x.numel() // x.shape[1], x.device)
     mean = x.new_zeros(x.shape[1]) if zero_mean else _SumOverRanks.apply(x.sum((0, 2, 3))) / count
     centred = x - mean[:, None, None]
@@ -60,8 +66,9 @@ def centre(x, zero_mean=False):
 @torch.no_grad()
 def move_statistics(running_mean, running_var, mean, var, count, momentum=MOMENTUM):
     """Move running statistics towards a batch's mean and unbiased variance; `var` is the biased one, of `count`."""
+    others = (count - 1).clamp(min=1) if torch.is_tensor(count) else max(count - 1, 1)
     running_mean.lerp_(mean, momentum)
-    running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
+    running_var.lerp_(var * (count / others), momentum)
 
 
 class Standardization(nn.Module):

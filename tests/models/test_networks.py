@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models import build
-from models.config import BlockConfig, ScatNetConfig
+from models.block import exclude_from_compilation
+from models.config import BlockConfig, ScatNetConfig, StandardConfig
 from models.names import FRAME_NON_LINEARITIES
 from models.nonlinearity import NonLinearity
 from models.signal import Signal, output_size, padding_indices
@@ -40,25 +41,47 @@ def block_network(arch, signal=RGB, **options):
     return build(ScatNetConfig(signal, 10, (BlockConfig(tuple(arch.split()), **options),)))
 
 
-@pytest.mark.parametrize(
-    "arch, options",
-    [
-        ("Fw", {}),
-        ("Fw mod Std P N", {"P_size": 4}),
-        ("Fw R Std P", {"P_size": 4}),
-        ("Fw Pc R FrhoF C Std N", {"Pc_size": 4, "dictionary_size": 8}),
-        ("Fw B Std", {"left_arch": ("mod",), "right_arch": ("id",)}),
-        ("Fw rho Pr", {"Pr_size": "id"}),
-        ("Fw rho Std Pr N", {"Pr_size": 4, "linear_arch": ("Std",), "non_linear_arch": ("Std",)}),
-        ("Fw Pr", {"psi_arch": ("mod",), "Pr_size": 4, "angles": 0}),
-    ],
-)
-def test_every_module_of_the_grammar_runs(arch, options):
+@pytest.mark.parametrize("standard", [False, True])
+def test_blocks_are_never_compiled(standard):
+    """Inductor fails on complex numbers that are learned, and fused operations have a backward pass of their own."""
+    learned = {"non_linearity": "cst", "non_linearity_learned": True}
+    net = block_network("Fw rho Std Pr N", Pr_size=4, **learned)
+    net, graphs = build(StandardConfig("resnet18-custom", 10, RGB, width=0.1)) if standard else net, []
+    images = torch.randn(2, 3, 32, 32)
+    expected = net.eval()(images)
+    exclude_from_compilation(net)
+    compiled = torch.compile(net, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    torch.testing.assert_close(compiled(images), expected)
+    assert bool(graphs) == standard
+
+
+LEARNED = {"non_linearity_learned": True}
+GRAMMAR = [
+    ("Fw", {}),
+    ("Fw mod Std P N", {"P_size": 4}),
+    ("Fw R Std P", {"P_size": 4}),
+    ("Fw Pc R FrhoF C Std N", {"Pc_size": 4, "dictionary_size": 8, "dictionary_threshold": 0.0}),
+    ("Fw B Std", {"left_arch": ("mod",), "right_arch": ("id",)}),
+    ("Fw rho Pr", {"Pr_size": "id"}),
+    ("Fw rho Std Pr N", {"Pr_size": 4, "linear_arch": ("Std",), "non_linear_arch": ("Std",)}),
+    ("Fw Pr", {"psi_arch": ("mod",), "Pr_size": 4, "angles": 0}),
+    ("Fw Std Pc N", {"psi_arch": ("mod",), "Pc_size": 4}),
+    *(("Fw rho Std Pr N", {"Pr_size": 4, "non_linearity": name, **LEARNED}) for name in ("cst", "ms", "tanh", "pow")),
+]
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("arch, options", GRAMMAR)
+def test_every_module_of_the_grammar_runs(arch, options, amp):
     net, images = block_network(arch, **options), torch.randn(2, 3, 32, 32)
-    net(images).sum().backward()
-    out, declared = net.blocks[0](images), net.blocks[0].out
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        net(images).float().sum().backward()
+        out, declared = net.blocks[0](images), net.blocks[0].out
+        double = build(ScatNetConfig(RGB, 10, net.config.blocks * 2))(images)
     assert out.shape[1:] == (declared.channels, declared.height, declared.width)
     assert out.is_complex() == declared.complex
+    assert all(p.grad.abs().isfinite().all() for p in net.parameters() if p.requires_grad)
+    assert double.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["mod", "abs", "cst", "mc", "ms", "tanh", "pow"])

@@ -141,7 +141,7 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     Group("hardware"),
     _DEVICE,
     Option("--amp", None, False, "bfloat16 where it is safe (autocast)", free=True),
-    Option("--compile", None, False, "compile the network (torch.compile)", free=True),
+    Option("--compile", None, False, "compile a standard network (torch.compile); blocks are not compiled", free=True),
     Option("--tf32", None, False, "TensorFloat-32 products (CUDA GPUs)", free=True),
     Group("run"),
     Option("--dir", to.path, None, "name of the run (default: from data, network and time)", "NAME", free=True),
