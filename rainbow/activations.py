@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rainbow.errors import RainbowError
 from rainbow.program import INPUT, Program, Values
-from rainbow.running import device_of, first_images
+from rainbow.running import device_of, first_images, labels_of
 
 MOST_MEMORY = 8 << 30  # bytes of activations kept on a CPU unless told otherwise
 Batch = tuple[list[Values], Tensor | None]
@@ -63,8 +63,7 @@ class Activations:
 
     def _read(self, batch: Any) -> Batch:
         images = first_images(batch).to(device_of(self.programs[0].network), non_blocking=True)
-        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        return [{INPUT: images}] * len(self.programs), labels
+        return [{INPUT: images}] * len(self.programs), labels_of(batch)
 
     def _moved(self, batch: Batch, target: int) -> Batch:
         values, labels = batch

@@ -7,6 +7,7 @@ rows as samples as φ_a Ā, which is φ_a A for real ones. Layers with real weig
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rainbow.covariance import WeightCovariance
+from rainbow.covariance import Spectrum, WeightCovariance
 from rainbow.errors import RainbowError
 from rainbow.layers import Layer
 from rainbow.moments import Moments, moments, position_of, prepare
@@ -181,6 +182,7 @@ class MeanNetwork:
     alignments: list[list[Tensor | None]]
     unexplained: list[list[float]]
     _covariances: dict[int, WeightCovariance] = field(default_factory=dict)
+    _spectra: dict[tuple[int, int], Spectrum] = field(default_factory=dict)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -232,6 +234,13 @@ class MeanNetwork:
         if layer not in self._covariances:
             self._covariances[layer] = WeightCovariance.fit(self.aligned_weights(layer))
         return self._covariances[layer]
+
+    def spectrum(self, layer: int, networks: int | None = None) -> Spectrum:
+        """The eigenvalues of Ĉ_j of the first so many networks, or all, computed when they are first asked for."""
+        key = layer, min(networks or len(self.networks), len(self.networks))
+        if key not in self._spectra:
+            self._spectra[key] = Spectrum.fit(itertools.islice(self.aligned_weights(layer), key[1]))
+        return self._spectra[key]
 
     def average(self, layer: int, samples: Sequence[Tensor]) -> Tensor:
         """(1/n) Σ_i φ_i Ā_i of samples (m, D_i) of every network at a layer. # (m, D)"""

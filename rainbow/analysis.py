@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 from rainbow.alignment import Alignment, MeanNetwork, transport, warn_of_few_samples
 from rainbow.clipping import clipped_accuracies, even_ranks
-from rainbow.covariance import Spectrum, WeightCovariance, complete_basis, random_basis
+from rainbow.covariance import WeightCovariance, complete_basis, random_basis
 from rainbow.errors import RainbowError
 from rainbow.layers import Layer
 from rainbow.moments import moments, prepare
 from rainbow.network import find_name
 from rainbow.random_matrix import bulk_test
-from rainbow.running import first_images
-from rainbow.sampling import RainbowSample, RainbowSampler
+from rainbow.running import as_batches, first_images
+from rainbow.sampling import RainbowSample, RainbowSampler, warn_of_chance
 
 BASES = ("weight", "kernel", "random")
 
@@ -98,9 +98,9 @@ class Rainbow:
         self.skipped |= {each.name: "not asked for" for each in analysed.layers if each.name not in self.layers}
         self.repeated = {name: count for name, count in analysed.repeated.items() if name in self.layers}
         self.covariances = Covariances(mean, list(self.layers))
-        self._spectra: dict[tuple[str, bool], Spectrum | WeightCovariance] = {}
         self.errors: dict[str, float] = {}
         self._kernels: dict[str, Tensor] = {}
+        self._alignment: Alignment | None = None
 
     @classmethod
     def fit(
@@ -118,6 +118,7 @@ class Rainbow:
         Raises RainbowError for a module without hooks or weight layers, a layer that is not there, weights that are not
         finite, or a loader that is empty or can be read only once.
         """
+        loader = as_batches(loader)
         several: Any = networks if isinstance(networks, (list, tuple)) else [networks]
         analysed, chosen, _ = prepare(several, layers, loader)
         return cls(MeanNetwork.fit(analysed, loader, layers=chosen, num_iters=num_iters), loader)
@@ -130,6 +131,7 @@ class Rainbow:
         layers: names of the other network's layers, in the order of this one's (default: the same names). test: data
         that the errors are measured on; default: what the alignment was fitted on. The rotations are in `.alignment`.
         """
+        test = None if test is None else as_batches(test)
         names = list(self.layers)
         others = names if layers is None else list(layers)
         if len(others) != len(names):
@@ -138,10 +140,17 @@ class Rainbow:
         found = moments(networks, chosen, self.loader, auto=False, cross=[(0, 1)])
         for k, name in enumerate(names):
             warn_of_few_samples(name, found.count(0, k), max(found.cross(0, 1, k).shape))
-        self.alignment = Alignment().fit_moments(found, 0, 1)
+        self._alignment = Alignment().fit_moments(found, 0, 1)
         scored = found if test is None else moments(networks, chosen, test, auto=False, cross=[(0, 1)])
-        self.errors = dict(zip(names, self.alignment.score_moments(scored, 0, 1)))
+        self.errors = dict(zip(names, self._alignment.score_moments(scored, 0, 1)))
         return self.errors
+
+    @property
+    def alignment(self) -> Alignment:
+        """The rotations of the last `align`. Raises RainbowError before one."""
+        if self._alignment is None:
+            raise RainbowError("no network was aligned yet: call align(other) first")
+        return self._alignment
 
     def sample(
         self, widths: Sequence[int] | None = None, method: str = "gaussian", seed: int = 0, **options: Any
@@ -155,8 +164,11 @@ class Rainbow:
         first, again = (first_images(next(iter(self.loader))) for _ in range(2))
         if not torch.equal(first, again):
             raise RainbowError("the data comes in another order each time it is read: sampling needs shuffle=False")
+        if options.get("test") is not None:
+            options["test"] = as_batches(options["test"])
         sampler = RainbowSampler(self.mean, self.loader, widths=widths, method=method, **options)
         self.sample_result: RainbowSample = sampler.sample(seed)
+        warn_of_chance(self.network, self.sample_result.network, options.get("test") or self.loader)
         return self.sample_result.network
 
     def clip(
@@ -175,7 +187,7 @@ class Rainbow:
         vectors = basis if isinstance(basis, Tensor) else self.basis(layer, basis)
         highest = min(chosen.dimension, vectors.shape[1] if vectors.shape[0] == chosen.dimension else chosen.channels)
         ranks = even_ranks(highest) if ranks is None else list(ranks)
-        data = self.loader if test is None else test
+        data = self.loader if test is None else as_batches(test)
         return ranks, clipped_accuracies(self.network, chosen, {"basis": vectors}, ranks, data)["basis"]
 
     def basis(self, layer: str, kind: str) -> Tensor:
@@ -195,10 +207,8 @@ class Rainbow:
     def summaries(self) -> list[LayerSummary]:
         """What `table` prints, a line for each layer."""
         lines = []
-        for name, layer in self.layers.items():
-            C = own = self._spectrum(name)
-            if len(self.mean.networks) > 1:
-                own = self._spectrum(name, first=True)
+        for k, (name, layer) in enumerate(self.layers.items()):
+            C, own = self.mean.spectrum(k), self.mean.spectrum(k, 1)
             size, eigenvalues = (layer.neurons, layer.dimension), own.eigenvalues.cpu().numpy()
             outside = bulk_test(eigenvalues, *size).outside if own.trace else 0.0
             lines.append(LayerSummary(name, *size, C.rank, C.effective_dimension, self.errors.get(name), outside))
@@ -215,14 +225,6 @@ class Rainbow:
 
     def _layer(self, name: str) -> Layer:
         return self.layers[find_name(name, self.layers)]
-
-    def _spectrum(self, name, first=False):
-        """The eigenvalues of a layer's Ĉ, of all networks or of the first alone."""
-        if (name, first) not in self._spectra:
-            k = list(self.layers).index(name)
-            weights = self.mean.aligned_weights(k)
-            self._spectra[name, first] = Spectrum.fit(next(weights) if first else weights)
-        return self._spectra[name, first]
 
     def _kernel(self, layer: Layer) -> Tensor:
         """E[φ φᴴ] of the D entries that a row of W_j meets, kept for the next time. # (D, D)"""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from rainbow.errors import RainbowError
 from rainbow.layers import Layer
 from rainbow.precision import to_double
-from rainbow.running import device_of, evaluating
+from rainbow.running import check_scores, device_of, evaluating, first_images, labels_of, output_of
 
 MAX_BATCH = 8192  # images side by side, all ranks together
 
@@ -46,15 +47,19 @@ def clipped_accuracies(
     correct = torch.zeros(restricted.copies, dtype=torch.int64, device=device)
     total, repeat = 0, None
     with evaluating(model):
-        for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
+        for batch in batches:
+            images, labels = first_images(batch).to(device), labels_of(batch)
             if repeat is None:
                 repeat = _needs_repeats(model, restricted, images[:2])
             size = max(1, MAX_BATCH // restricted.copies)
-            for part, truth in zip(images.split(size), labels.split(size)):
-                predicted = restricted.run(model, part, repeat).argmax(-1)  # (copies, B)
-                correct += (predicted == truth).sum(1)
-            total += len(labels)
+            start = 0
+            for part in images.split(size):
+                scores = restricted.run(model, part, repeat)  # (copies, B, classes)
+                truth: Any = None if labels is None else labels[start : start + len(part)].to(device)
+                check_scores(scores[0], truth)
+                correct += scores.argmax(-1).eq(truth).sum(1)
+                start += len(part)
+            total += len(images)
     if not total:
         raise RainbowError("no images to measure an accuracy on")
     accuracies = (100.0 * correct.double() / total).cpu().numpy().reshape(len(bases), len(ranks))
@@ -86,7 +91,7 @@ class _Restricted:
             return self._outputs(inputs[0][:batch], output[:batch])
 
         with _hook(self.layer.module, replace):
-            scores = model(images.repeat(self.copies, *[1] * (images.ndim - 1)) if repeat else images)
+            scores = output_of(model(images.repeat(self.copies, *[1] * (images.ndim - 1)) if repeat else images))
         return scores.unflatten(0, (self.copies, batch))
 
     def _outputs(self, x, output):

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from rainbow.channels import Channels, following
 from rainbow.layers import Layer
 from rainbow.norms import Norm
 from rainbow.registry import Adapter, register
-from rainbow.running import device_of, evaluating, input_of
+from rainbow.running import device_of, evaluating, input_of, output_of
 from rainbow.samples import Samples
 
 INPUT = "(images)"
@@ -105,13 +106,6 @@ class Architecture(Adapter):
 register(nn.Module, Architecture)
 
 
-def channel_samples(x: Tensor, layer: Layer | None = None) -> Tensor:
-    """A value as samples of channels: as the layer that takes it does, or (B, C, M, N) and (B, …, C) by themselves."""
-    if layer is not None:
-        return layer.samples(x)
-    return x.movedim(1, -1).flatten(0, -2) if x.ndim > 3 else x.flatten(0, -2)
-
-
 class Program:
     """The steps of a network. Positions count steps: at position p, steps 0..p-1 are done.
 
@@ -121,6 +115,7 @@ class Program:
     def __init__(self, network: nn.Module, example: Tensor):
         """example: (B, ...) images, to see that the steps do what the network does, and how large their values are."""
         self.network = network
+        self._axes: dict[str, int | None] = {}
         traced = Architecture.of(network).steps(example) or _traced_steps(network)
         whole = Step("output", (INPUT,), lambda values: network(values[INPUT]), network)
         with torch.inference_mode(False), evaluating(network):
@@ -158,6 +153,11 @@ class Program:
         """The names of the values that exist at a position and are needed from there on."""
         return [name for name, (first, last) in self._lifetimes.items() if first <= position <= last]
 
+    def axis_of(self, name: str) -> int:
+        """The axis of a value's channels: known from what makes it, or that of images."""
+        axis = self._axes.get(name)
+        return (1 if self._ndim[name] > 3 else -1) if axis is None else axis
+
     def bytes_at(self, position: int) -> int:
         """Memory of the live values at a position, for one image."""
         return sum(self._sizes[name] for name in self.live(position))
@@ -183,7 +183,16 @@ class Program:
     def _verify(self, steps, example):
         """Takes the steps; notes sizes and what is overwritten. Whether they compute what the network does."""
         expected, values, self._sizes = self.network(example), {INPUT: example}, {INPUT: _bytes(example)}
-        self.steps, self._lifetimes = steps, _lifetimes(steps)
+        self.steps, self._lifetimes, self._ndim = steps, _lifetimes(steps), {INPUT: example.ndim}
+        channels = Channels(self.network)
+        with following(channels, {module: name for name, module in self.network.named_modules()}):
+            complete = self._run_all(steps, values, channels)
+        out = output_of(values.get(self.output))
+        expected = output_of(expected)
+        same = isinstance(expected, Tensor) and isinstance(out, Tensor) and expected.shape == out.shape
+        return complete and same and torch.allclose(expected, out, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+    def _run_all(self, steps, values, channels):
         for step in steps:
             copies = {name: values[name].clone() for name in step.inputs if isinstance(values[name], Tensor)}
             versions = {name: copy._version for name, copy in copies.items()}
@@ -191,10 +200,10 @@ class Program:
                 out = values[step.name] = step.call({**values, **copies})
             except Exception:  # an operation of a trace may be anything
                 return False
+            self._axes[step.name], self._ndim[step.name] = channels.axis(out), getattr(out, "ndim", 0)
             step.copied = tuple(name for name, copy in copies.items() if copy._version != versions[name])
             self._sizes[step.name] = _bytes(out)
-        same = isinstance(expected, Tensor) and isinstance(out, Tensor) and expected.shape == out.shape
-        return same and torch.allclose(expected, out, rtol=1e-2, atol=1e-3, equal_nan=True)
+        return True
 
 
 def _lifetimes(steps):

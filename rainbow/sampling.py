@@ -12,7 +12,9 @@ parameters (a bias, the affine map of a batch norm, a threshold) are those of a 
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,8 +31,7 @@ from rainbow.layers import rotate
 from rainbow.network import Network
 from rainbow.norms import Norm, normalized_product
 from rainbow.precision import accumulation_device, rounding
-from rainbow.program import channel_samples
-from rainbow.running import device_of, evaluating, first_images
+from rainbow.running import check_scores, device_of, evaluating, first_images, labels_of, output_of
 from rainbow.samples import ChannelSums, ProductSum, Samples
 from rainbow.widths import checked_widths, neuron_parameters, resize
 
@@ -142,7 +143,8 @@ class RainbowSampler:
             raise RainbowError("accuracies need a test set of (images, labels)")
         device = device_of(self.trained)
         with evaluating(self.trained):
-            return _accuracy(0, ((self.trained(first_images(batch).to(device)), batch[1]) for batch in self.test))
+            run = ((self.trained(first_images(batch).to(device)), labels_of(batch)) for batch in self.test)
+            return accuracy_of(0, run)
 
     def sample(self, seed: int = 0, report: Callable[[Accuracy], None] | None = None) -> RainbowSample:
         """A new network; the same one for the same seed. `report` is told the accuracy after every layer, from 0 on."""
@@ -269,7 +271,7 @@ class _Sampling:
         if self.sampler.test is not None:
             program = self.programs[-1]
             batches = self.testing.at(program.end, "accuracy")
-            self._note(_accuracy(plan.k, ((values[program.output], labels) for (values,), labels in batches)))
+            self._note(accuracy_of(plan.k, ((values[program.output], labels) for (values,), labels in batches)))
         return self.result
 
     def _open_data(self):
@@ -304,7 +306,9 @@ class _Sampling:
                 if cross is not None:
                     cross.add(values)
                 for name, product in sums.items():
-                    product.add(*(Samples.of(channel_samples(values[i][name])) for i in (0, -1)))
+                    axis = program.axis_of(name)
+                    both = (values[i][name].movedim(axis, -1).flatten(0, -2) for i in (0, -1))
+                    product.add(*map(Samples.of, both))
         if cross is not None:
             count, K = cross.count, cross.finish()
             A = self.alignments[plan.key] = align(K, layer.is_complex, rounding(count))
@@ -336,7 +340,7 @@ class _Sampling:
             self._note(self.sampler.trained_accuracy)
         elif plan.measured:
             batches = self.testing.at(self.programs[-1].place(self.new.layers[plan.k].module), "accuracy")
-            self._note(_accuracy(plan.k, ((self._mixed(plan, values), labels) for (values,), labels in batches)))
+            self._note(accuracy_of(plan.k, ((self._mixed(plan, values), labels) for (values,), labels in batches)))
 
     def _note(self, accuracy):
         self.result.accuracies.append(accuracy)
@@ -349,7 +353,7 @@ class _Sampling:
         x = self.programs[-1].step_of(layer.module).input_of(layer.module, values)
         turned = dict(values)
         for name in (self.rotations.keys() & values.keys()) - {plan.key}:
-            turned[name] = rotate(values[name], self.rotations[name].T, 1 if values[name].ndim > 3 else -1)
+            turned[name] = rotate(values[name], self.rotations[name].T, self.programs[0].axis_of(name))
         if plan.key in self.rotations:
             turned[plan.key] = x = layer.rotate(x, self.rotations[plan.key].T)  # W (A φ) for a weight W: no conjugate
         return self.programs[0].finish(self.reference.layers[0][plan.k].module, x, turned)
@@ -398,12 +402,12 @@ class _CrossCovariance:
         return turned.div_(len(self.alignments))
 
 
-def _accuracy(layer, batches):
+def accuracy_of(layer: int, batches: Iterable) -> Accuracy:
     """Top-1 and top-5 accuracy of (scores, labels)."""
     right, total = torch.zeros(2, dtype=torch.int64), 0
     for scores, labels in batches:
-        if labels is None:
-            raise RainbowError("accuracies need a test set of (images, labels)")
+        scores = output_of(scores)
+        check_scores(scores, labels)
         best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(scores.device)[:, None]
         right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
         total += len(labels)
@@ -412,3 +416,21 @@ def _accuracy(layer, batches):
 
 def _seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def warn_of_chance(trained: nn.Module, sampled: nn.Module, data: Iterable) -> None:
+    """Warns if a sample has lost nine tenths of what the trained network knows beyond the most frequent class, by the
+    first batches of the data."""
+    batches, accuracies = list(itertools.islice(data, 8)), []
+    for network in (trained, sampled):
+        with evaluating(network):
+            run = [(network(first_images(each).to(device_of(network))), labels_of(each)) for each in batches]
+        try:
+            accuracies.append(accuracy_of(0, run).acc1)
+        except RainbowError:  # no labels, or outputs of which there is no accuracy
+            return
+    labels = torch.cat([labels.cpu() for _, labels in run])
+    (before, after), chance = accuracies, 100 * (labels == labels.mode().values).double().mean().item()
+    if before - chance > 10 and after - chance < 0.1 * (before - chance):
+        text = f"the sampled network is near chance: {after:.1f} %, the trained one {before:.1f} %"
+        warnings.warn(f"{text}: its neurons are not independent and Gaussian, or too few", stacklevel=3)

@@ -89,6 +89,8 @@ def checked_widths(widths: Sequence[int] | None, layers: Sequence[Layer]) -> lis
         raise RainbowError("a network of one layer has nothing to sample: its only layer is the classifier")
     if widths is None:
         return own
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise RainbowError(f"widths are a list of {len(own)} numbers of neurons, not {widths!r}")
     widths = list(widths)
     if len(widths) != len(own):
         raise RainbowError(
@@ -96,6 +98,6 @@ def checked_widths(widths: Sequence[int] | None, layers: Sequence[Layer]) -> lis
             f"{' '.join(map(str, own))}: give {len(own)}"
         )
     for width in widths:
-        if int(width) != width or width < 1:
+        if isinstance(width, str) or int(width) != width or width < 1:
             raise RainbowError(f"a width is a positive integer, not {width}")
     return [int(width) for width in widths]

@@ -131,6 +131,11 @@ def shuffled():
         (lambda: Rainbow.fit(mlp(), batches()).clip("3", "pca"), "unknown basis 'pca'"),
         (lambda: Rainbow.fit(mlp(), batches()).align(mlp(), layers=["1"]), "1 layers of the other network for 3"),
         (lambda: Rainbow.fit(mlp(), batches()).sample(widths=[3]), "give 2"),
+        (lambda: Rainbow.fit(mlp(), batches()).sample(widths=2.0), "widths are a list of 2 numbers"),
+        (lambda: Rainbow.fit(mlp(), batches()).alignment, "no network was aligned yet"),
+        (lambda: Rainbow.fit(mlp(), batches()).covariances["4"], "no weight layer '4'"),
+        (lambda: Rainbow.fit(mlp(), 7), "not a int"),
+        (lambda: Rainbow.fit(mlp(), [{"a": 1, "b": 2}]), "a dictionary of a, b"),
         (lambda: Rainbow.fit(mlp(), shuffled()).sample(), "shuffle=False"),
     ],
 )
