@@ -11,6 +11,7 @@ from pathlib import Path
 from utils.errors import UserError, did_you_mean, run_main
 from utils.experiments import cluster, processes, registry, runner, status
 from utils.runs import options
+from utils.runs import values as to
 from utils.runs.command import Parser
 
 FOLDER = Path(__file__).resolve().parent
@@ -40,7 +41,8 @@ def parser():
     _add_running_options(parser.add_argument_group("how"))
     trial = parser.add_argument_group("a trial (other training flags, in folders named trial-…)")
     for flag in registry.TRIAL_FLAGS:
-        trial.add_argument(flag, metavar="X", help=f"passed on to every training in place of its own {flag}")
+        help = f"passed on to every training in place of its own {flag}"
+        trial.add_argument(flag, metavar="X", type=options.TRAINING.checked(flag), help=help)
     cluster.add_arguments(parser.add_argument_group("clusters (--submit)"))
     return parser
 
@@ -49,11 +51,15 @@ def _add_running_options(how):
     jobs = "processes at a time, which share the cores or GPUs (default: one per core at the laptop scale; one per GPU)"
     start = "warm: fork a process that has imported torch (default at the laptop scale without GPU on Linux), or fresh"
     data = os.environ.get("IMAGENET_DIR")
-    how.add_argument("--jobs", type=int, metavar="N", help=jobs)
+    how.add_argument("--jobs", type=to.positive_int, metavar="N", help=jobs)
     how.add_argument("--start", choices=("warm", "fresh"), help=start)
-    how.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="folder of the runs' folders")
-    how.add_argument("--data", default=data, metavar="DIR", help="ImageNet's folder (default: IMAGENET_DIR)")
-    how.add_argument("--data-dir", metavar="DIR", help="folder of downloaded data sets")
+    how.add_argument(
+        "--checkpoints", type=to.path, default="checkpoints", metavar="DIR", help="folder of the runs' folders"
+    )
+    how.add_argument(
+        "--data", type=to.path, default=data, metavar="DIR", help="ImageNet's folder (default: IMAGENET_DIR)"
+    )
+    how.add_argument("--data-dir", type=to.path, metavar="DIR", help="folder of downloaded data sets")
     how.add_argument("--device", help="passed on to every run")
 
 
@@ -95,8 +101,6 @@ def all_experiments(args):
     listed = registry.experiments(args.scale)
     values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in registry.TRIAL_FLAGS}
     overrides = {flag: value for flag, value in values.items() if value is not None}
-    if not overrides.get("--epochs", "1").isdigit():
-        raise UserError(f"--epochs {args.epochs}: should be a whole number")
     if overrides:
         listed = [registry.trial(experiment, overrides) for experiment in listed]
     if (task := options.array_task()) is not None:
@@ -158,8 +162,6 @@ def run(chosen, args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: should be at least 1")
     if args.json and not args.status:
         raise UserError("--json is the form of --status, which is missing")
     chosen = select(args)

@@ -223,8 +223,10 @@ def test_a_folder_that_cannot_be_made_is_a_clear_line(folder):
     [("--only resamplin", "did you mean resampling"), ("--scale lptop", "did you mean laptop")]
     + [("--figure 11", "no such figure"), ("--name digits-WP16-norm", "no such experiment")]
     + [("--match (", "not a regular expression"), ("--match nothing", "no experiment meets all")]
-    + [("--jobs 0", "at least 1"), ("--jobs x", "invalid int value"), ("--epochs two", "whole number")]
-    + [("--submit local --pack 0", "at least 1"), ("--submit local --time soon", "--time soon")],
+    + [("--jobs 0", "positive"), ("--jobs x", "positive"), ("--epochs two", "integer"), ("--epochs ²", "integer")]
+    + [("--epochs 1" + 400 * "0", "too large"), ("--lr fast", "--lr"), ("--data-subset 5", "START:STOP")]
+    + [("--checkpoints=", "empty"), ("--checkpoints " + 300 * "x", "too long"), ("--gpus -1 --print", "--gpus")]
+    + [("--submit local --pack 0", "positive"), ("--submit local --time soon", "--time soon")],
 )
 def test_bad_input_is_one_clear_line(folder, flags, expected):
     result = run(folder, *flags.split())

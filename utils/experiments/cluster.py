@@ -21,6 +21,7 @@ from utils.experiments.processes import start_fresh
 from utils.experiments.registry import TRIAL_FLAGS
 from utils.experiments.status import read_state
 from utils.files import read_json, write_json
+from utils.runs import values as to
 
 PATIENCE = 60  # seconds that a job has to save its state
 REQUEUES = 1000
@@ -31,9 +32,9 @@ def add_arguments(group):
     limit = "time limit of a job as in sbatch (default 24:00:00), after which it saves its state and requeues"
     pack = "experiments per job, --jobs at a time (default 1)"
     group.add_argument("--partition", metavar="NAME", help="SLURM's partition")
-    group.add_argument("--gpus", type=int, metavar="N", help="GPUs per job (default: SLURM's own)")
+    group.add_argument("--gpus", type=to.natural, metavar="N", help="GPUs per job (default: SLURM's own)")
     group.add_argument("--time", default="24:00:00", help=limit)
-    group.add_argument("--pack", type=int, default=1, metavar="N", help=pack)
+    group.add_argument("--pack", type=to.positive_int, default=1, metavar="N", help=pack)
 
 
 def minutes(text):
@@ -118,8 +119,6 @@ def submit(experiments, args, folder):
     SLURM: returns when all jobs are in the queue. Local: waits for them, at most --jobs at a time.
     Raises UserError if submitit or SLURM is missing, or a flag is wrong, RunError if SLURM refuses a job.
     """
-    if args.pack < 1:
-        raise UserError(f"--pack {args.pack}: should be at least 1")
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         raise UserError("--submit inside a SLURM array: submit from outside, or run without --submit")
     limit, chosen = minutes(args.time), []

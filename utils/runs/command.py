@@ -161,6 +161,16 @@ class CommandLine:
                 option.add_to(place)
         return top
 
+    def checked(self, flag):
+        """What refuses a word that is no value of the option `flag`, and leaves any other as it is."""
+        (option,) = [option for option in self.options if flag in option.flags.split()]
+
+        def check(word):
+            option.type(word)
+            return word
+
+        return check
+
     def given(self, argv=None):
         """{field: value} of what a command line (default: the program's) gives. Raises UserError."""
         argv = sys.argv[1:] if argv is None else argv

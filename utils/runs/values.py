@@ -15,7 +15,7 @@ def _number(kind, low, what, strict=False, high=2**31 - 1):
         except ValueError:
             raise ArgumentTypeError(f"{text!r} is not {what}") from None
         if value > high:
-            raise ArgumentTypeError(f"{text} is too large")
+            raise ArgumentTypeError(f"{text[:20]}{'…' * (len(text) > 20)} is too large")
         if not value >= low or (strict and value == low):
             raise ArgumentTypeError(f"{text} is not {what}")
         return value
