@@ -21,7 +21,7 @@ from utils.experiments.processes import start_fresh
 from utils.experiments.registry import TRIAL_FLAGS
 from utils.experiments.status import read_state
 from utils.files import read_json, write_json
-from utils.runs import values as to
+from utils.runs.options import to
 
 PATIENCE = 60  # seconds that a job has to save its state
 REQUEUES = 1000
