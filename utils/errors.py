@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import io
 import os
 import signal
 import sys
@@ -80,14 +81,15 @@ def run_main(main, argv=None):
     A disk that takes no more lines, or a reader that has gone, does not change the status; nor do closed streams, and
     characters that they cannot show.
     """
-    program = os.path.basename(sys.argv[0])
+    program = _program()
     rank = os.environ.get("RANK", "0")
     prefix = program if rank == "0" else f"{program} (rank {rank})"
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        with contextlib.suppress(AttributeError, OSError):  # not a stream of text, or one that became a pipe
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        elif type(stream) is io.TextIOWrapper:
+            setattr(sys, name, _Stream(stream))
     try:
         status = main(argv)
     except RunError as error:
@@ -106,6 +108,33 @@ def run_main(main, argv=None):
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)
+
+
+class _Stream(io.TextIOWrapper):
+    """A standard stream that shows what it cannot encode as codes, and whose reader may go: the program goes on."""
+
+    def __init__(self, stream):
+        how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        encoding = stream.encoding
+        super().__init__(stream.detach(), encoding, errors="backslashreplace", **how)
+
+    def write(self, text):
+        return self._despite(lambda: super(_Stream, self).write(text)) or 0
+
+    def flush(self):
+        self._despite(super().flush)
+
+    def _despite(self, write):
+        try:
+            return write()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def _program():
+    """The program as it was called: a script's name, or python -m PACKAGE."""
+    name, spec = os.path.basename(sys.argv[0]), getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {spec.parent}" if name == "__main__.py" and spec else name
 
 
 def complain(text):

@@ -1,7 +1,10 @@
 """How a program ends, even if its last words cannot be written."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 from tests.conftest import ROOT
 from utils.errors import first_line
@@ -29,6 +32,51 @@ def test_the_status_is_kept_if_nothing_can_be_printed():
         assert ended.stderr.endswith("could not write to the standard output: No space left on device\n")
         ended = status(stdout=subprocess.PIPE, stderr=full)
         assert (ended.returncode, ended.stdout) == (2, "a line\n")
+
+
+CHATTER = """
+import sys
+from utils.errors import UserError, run_main
+
+def main(argv):
+    for i in range(20000):
+        print("a line that nobody reads", i, flush=True)
+    print("and the end", file=sys.stderr)
+    return 3
+
+run_main(main)
+"""
+
+
+def test_a_reader_that_goes_changes_nothing():
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHATTER], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "a line that nobody reads 0\n"
+    process.stdout.close()
+    assert process.stderr.read() == "and the end\n" and process.wait() == 3
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("program", ["main_block.py", "resample.py", "run_exps.py", "-m utils.figures"])
+def test_help_is_shown_in_any_encoding(program, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, *program.split(), "--help"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"") and len(ended.stdout) > 1000
+
+
+def test_closed_streams_change_nothing():
+    for closed in (">&-", "2>&-", "<&-", ">&- 2>&- <&-"):
+        command = f"{sys.executable} run_exps.py --scale laptop --print {closed}"
+        assert subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, check=False).returncode == 0
+
+
+def test_an_error_names_the_program_as_it_was_called():
+    ended = subprocess.run(
+        [sys.executable, "-m", "utils.figures", "--figure", "99"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2 and ended.stderr.startswith("python -m utils.figures: error: "), ended.stderr
 
 
 def test_an_error_has_a_first_line():
