@@ -75,6 +75,7 @@ class Channels(TorchFunctionMode):
         labels = self.labels.get(value)
         if labels is None or not labels.any():
             return None
+        labels = self.one.of(labels)
         others = [each for each in range(labels.ndim) if each != axis % labels.ndim]
         found = _collapsed(labels, others) if others else labels
         if found is not None:
@@ -213,6 +214,7 @@ def _elementwise(channels, name, labels, args, kwargs, out):
 
 def _joined(channels, a, b, product):
     """The labels of what is made from elements of a and b."""
+    a, b = channels.one.of(a), channels.one.of(b)
     thin = torch.broadcast_tensors(*_thin(a, b))
     codes = (thin[0].double() * (channels.count + 1) + thin[1]).unique().long()
     pairs = torch.stack([codes // (channels.count + 1), codes % (channels.count + 1)])
@@ -227,7 +229,7 @@ def _joined(channels, a, b, product):
         a, b = b, a
     elif count != ones:
         return None
-    return torch.where(a == 0, b, a)
+    return channels.one.of(torch.where(a == 0, b, a))
 
 
 def _product(channels, a, b, out):
@@ -302,8 +304,10 @@ class Classes:
 
     def of(self, labels: Tensor) -> Tensor:
         """The smallest number that is one with each."""
-        known = {x: self.find(x) for x in labels.unique().long().tolist()}
-        return torch.tensor([known[x] for x in labels.long().tolist()])
+        (thin,) = _thin(labels)
+        numbers, places = thin.unique(return_inverse=True)
+        known = torch.tensor([self.find(int(x)) for x in numbers.tolist()], dtype=labels.dtype)
+        return known[places].view(thin.shape).expand(labels.shape)
 
 
 def layout(labels: Tensor) -> tuple[int, bool] | None:

@@ -4,9 +4,10 @@ With the weights of one or several aligned networks as rows w_n of (N, D) matric
 
     Ĉ = (1/N) Σ_n w_n^H w_n = (1/N) W^H W = V diag(λ) V^H,      so that E|w·f|² = f^H Ĉ f,
 
-found in double precision from the eigenvalues of the smaller of W W^H and W^H W; or, where these tell less than
-CONDITION of the largest from nothing, from singular values of W, which keep twice the digits and take several times as
-long. Never more than 2 D rows and one network's are held at once.
+found in double precision from the eigenvalues of the smaller of W W^H and W^H W; or, where the smallest is too small
+a part of the largest for that (CONDITION for eigenvectors made from those of W W^H, `_least` for others), from singular
+values of W, which keep twice the digits and take several times as long. Never more than 2 D rows and one network's are
+held at once.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Spectrum(_Spectrum):
         """Of the rows of one (N, D) matrix or of several, as `WeightCovariance.fit`, in a third of its time or less."""
         rows, num_rows = _gathered(weights)
         eigenvalues = torch.linalg.eigvalsh(_gram(rows)).flip(0)
-        if eigenvalues[-1] < CONDITION * eigenvalues[0]:
+        if eigenvalues[-1] < _least(rows) * eigenvalues[0]:
             eigenvalues = torch.linalg.svdvals(rows).square()
         return cls(eigenvalues / num_rows, rows.shape[1], num_rows)
 
@@ -89,10 +90,11 @@ class WeightCovariance(_Spectrum):
         """
         rows, num_rows = _gathered(weights)
         eigenvalues, vectors = (x.flip(-1) for x in torch.linalg.eigh(_gram(rows)))
-        if eigenvalues[-1] < CONDITION * eigenvalues[0]:
+        wide = len(rows) < rows.shape[1]
+        if eigenvalues[-1] < (CONDITION if wide else _least(rows)) * eigenvalues[0]:
             _, singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)
             eigenvalues, vectors = singular_values.square(), vectors.mH
-        elif len(rows) <= rows.shape[1]:
+        elif wide:
             vectors = rows.mH @ (vectors / eigenvalues.sqrt())
         return cls(eigenvalues / num_rows, vectors.contiguous(), num_rows)
 
@@ -166,7 +168,12 @@ def _gathered(weights):
 
 def _gram(rows):
     """The smaller of W W^H and W^H W."""
-    return rows @ rows.mH if len(rows) <= rows.shape[1] else rows.mH @ rows
+    return rows @ rows.mH if len(rows) < rows.shape[1] else rows.mH @ rows
+
+
+def _least(rows):
+    """The least ratio of eigenvalues at which those of a Gram matrix have two digits or more."""
+    return 100 * min(rows.shape) * torch.finfo(torch.float64).eps
 
 
 def schatten(eigenvalues: Tensor, norm: str) -> Tensor:

@@ -429,7 +429,7 @@ def warn_of_chance(trained: nn.Module, sampled: nn.Module, data: Iterable) -> No
             accuracies.append(accuracy_of(0, run).acc1)
         except RainbowError:  # no labels, or outputs of which there is no accuracy
             return
-    labels = torch.cat([labels.cpu() for _, labels in run])
+    labels = torch.cat([labels.cpu() for _, labels in run if labels is not None])
     (before, after), chance = accuracies, 100 * (labels == labels.mode().values).double().mean().item()
     if before - chance > 10 and after - chance < 0.1 * (before - chance):
         text = f"the sampled network is near chance: {after:.1f} %, the trained one {before:.1f} %"

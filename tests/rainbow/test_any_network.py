@@ -18,6 +18,7 @@ NOT_SAMPLED = {
     "pixel shuffle": "differ from position to position",
     "two scales": "different numbers of positions",
     "transformer, one matrix": TIED,
+    "transformer, class token": TIED,
     "transformer, products": TIED,
     "transformer, three matrices": TIED,
     "transformer, torch's": "used by a function",

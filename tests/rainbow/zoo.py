@@ -50,6 +50,31 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
 
+class Token(nn.Module):
+    """Puts a class token before the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return torch.cat([self.value.expand(len(x), 1, 8), x], 1)
+
+
+def classified():
+    """A transformer that reads its class token."""
+
+    def body(self, x):
+        x = self.token(self.embed(x).flatten(2).mT)
+        x = x + self.attention(self.norm(x))
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(x[:, 0])
+
+    made = transformer(Attention("sdpa"))
+    made.body, made.token = body, Token()
+    return made
+
+
 def transformer(attention):
     def body(self, x):
         x = self.embed(x).flatten(2).mT
@@ -231,6 +256,7 @@ NETWORKS = {
     "transformer, products": lambda: transformer(Attention("matmul")),
     "transformer, three matrices": lambda: transformer(Attention("separate")),
     "transformer, torch's": lambda: transformer(Torchs()),
+    "transformer, class token": classified,
     "transformer layer": lambda: transformer(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
     "group norm": lambda: nn.Sequential(
         *(conv(3), nn.GroupNorm(1, 6), nn.SiLU(), conv(), nn.AvgPool2d(2), nn.Flatten(), head(96))
@@ -266,6 +292,7 @@ HIDDEN = {
     "two scales": "",
     "split": "b head+0",
     "transformer, one matrix": "embed norm attention.out down attention.qkv@1 up@1 head@1 | up down@1",
+    "transformer, class token": "embed norm token attention.out down attention.qkv@1 up@1 head@1 | up down@1",
     "transformer, products": "embed norm attention.out down attention.qkv@1 up@1 head@1 | up down@1",
     "transformer, three matrices": (
         "embed norm attention.out down attention.q@1 attention.k@1 attention.v@1 up@1 head@1 | up down@1"
