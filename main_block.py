@@ -158,11 +158,11 @@ def introduce(training, start, notes):
     args, world, datasets = training.args, training.world, training.datasets
     state, say = training.state, training.log.say
     total, learned = session.count_parameters(training.network)
-    precision = (
-        ["bfloat16 (autocast)" if args.amp else "float32"]
-        + ["TF32"] * args.tf32
-        + ["compiled"] * (args.compile and options.is_standard(args))
-    )
+    precision = ["bfloat16 (autocast)" if args.amp else "float32"]
+    if world.device.type == "cuda":
+        precision.append("TF32" if args.tf32 else "TF32 in convolutions")
+    if args.compile and options.is_standard(args):
+        precision.append("compiled")
     say(f"{training.log.folder.path}: {options.arch_name(args)}, {total:,} parameters, {learned:,} of them learned")
     images = f"{len(datasets.train)} images for training, {len(datasets.val)} for validation"
     steps = f"{state.steps} steps of {args.batch_size} images an epoch"

@@ -171,7 +171,8 @@ def _through(stages, x):
 def exclude_from_compilation(network):
     """Keep `torch.compile` from a network with blocks: its operations are complex, or have their own backward pass."""
     if any(isinstance(module, Block) for module in network.modules()):
-        network.forward = torch.compiler.disable(network.forward)
+        kind = type(network)  # a class of its own, so that copies of the network run their own modules
+        network.__class__ = type(kind.__name__, (kind,), {"forward": torch.compiler.disable(kind.forward)})
 
 
 def _is_as_built(module, kind, children):

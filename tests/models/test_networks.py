@@ -1,5 +1,6 @@
 """What the networks of the paper are: grammar, sizes, and the errors of networks that cannot be."""
 
+import copy
 import itertools
 
 import pytest
@@ -53,6 +54,9 @@ def test_blocks_are_never_compiled(standard):
     compiled = torch.compile(net, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     torch.testing.assert_close(compiled(images), expected)
     assert bool(graphs) == standard
+    copied = copy.deepcopy(net)
+    torch.nn.init.zeros_(next(copied.parameters()))
+    assert not torch.equal(copied(images), net(images))
 
 
 LEARNED = {"non_linearity_learned": True}

@@ -23,6 +23,7 @@ from utils.figures.drawing import STYLES
 from utils.figures.numbers import SHOWN
 from utils.figures.source import Source
 from utils.files import atomic_write
+from utils.runs.session import set_precision
 
 FORMATS = ("pdf", "png")
 NOTEBOOK = "paper_figs.ipynb with RECOMPUTE = True"
@@ -93,7 +94,9 @@ class Gallery:
         self.scale, self.recompute, self.command = scale, recompute, by
         self.root = Path(root or (Path(out) / "numbers" if recompute else data.ROOT))
         self.folder, self.look = Path(out) / scale, {"formats": FORMATS, "style": "paper"} | (look or {})
-        self.source = Source(scale, device=pick_device(device), **options)
+        device = pick_device(device)
+        set_precision(device)
+        self.source = Source(scale, device=device, **options)
 
     def make(self, number: int) -> tuple[FigureData, Canvas, list[Path]]:
         """A figure's numbers, the figure and its files. Raises RunError."""

@@ -142,7 +142,7 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     _DEVICE,
     Option("--amp", None, False, "bfloat16 where it is safe (autocast)", free=True),
     Option("--compile", None, False, "compile a standard network (torch.compile); blocks are not compiled", free=True),
-    Option("--tf32", None, False, "TensorFloat-32 products (CUDA GPUs)", free=True),
+    Option("--tf32", None, False, "TensorFloat-32 in all products of CUDA GPUs (default: in convolutions)", free=True),
     Group("run"),
     Option("--dir", to.path, None, "name of the run (default: from data, network and time)", "NAME", free=True),
     _CHECKPOINTS,

@@ -15,11 +15,15 @@ from utils.lock import Lock
 from utils.runs.log import RunLog
 
 
-def set_precision(device, tf32=False):
-    """TensorFloat-32 products if asked for, wherever they could be used. Raises UserError if the device has none."""
+def set_precision(device, tf32=None):
+    """Where CUDA GPUs use TensorFloat-32: in all products (tf32 true), in convolutions alone (false), the default of
+    PyTorch and of the authors, or nowhere (None), as the analysis needs it. cuDNN's algorithms are repeatable ones, not
+    chosen by the clock. Raises UserError for `tf32` on another device.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32 is not None
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     elif tf32:
         raise UserError(f"--tf32 requires a CUDA GPU; this runs on {device}")
 

@@ -244,9 +244,14 @@ def test_a_compiled_network_trains_the_same_weights_under_the_same_names(monkeyp
     assert is_same(train("norm", "run", "--epochs", "1", "--compile"), plain) and len(compiled) == 2
 
 
-@pytest.mark.parametrize("tf32, precision", [(True, "high"), (False, "highest")])
-def test_tf32_is_set_as_asked(monkeypatch, tf32, precision):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+@pytest.mark.parametrize("tf32, products, convolutions", [(True, "high", True), (False, "highest", True)])
+def test_tf32_is_set_as_asked(monkeypatch, tf32, products, convolutions):
+    """In convolutions by default, as PyTorch has it; nowhere in the analysis; cuDNN repeats itself."""
+    cudnn = torch.backends.cudnn
+    for name, before in (("allow_tf32", not convolutions), ("deterministic", False), ("benchmark", True)):
+        monkeypatch.setattr(cudnn, name, before)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", (asked := []).append)
     session.set_precision(torch.device("cuda"), tf32)
-    assert asked == [precision] and torch.backends.cudnn.allow_tf32 == tf32
+    assert asked == [products] and cudnn.allow_tf32 == convolutions
+    session.set_precision(torch.device("cuda"))
+    assert asked[1] == "highest" and not cudnn.allow_tf32 and cudnn.deterministic and not cudnn.benchmark
