@@ -178,7 +178,7 @@ def introduce(training, start, notes):
         say(f"weights from {args.resume}" + ("" if args.restart else f", resumed after epoch {state.epoch}"))
         if "left_out" in start:
             say(f"what did not fit is left out: {'; '.join(start['left_out'][:5])} ({len(start['left_out'])} in all)")
-    elif state.epoch >= args.epochs:
+    elif state.history.rows and state.epoch >= args.epochs:
         say(f"already finished: all {state.epoch} epochs are done")
     elif state.history.rows:
         say(f"resumed after epoch {state.epoch}" + f", step {state.step}" * (state.step > 0))

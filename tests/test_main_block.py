@@ -1,6 +1,8 @@
 """The program as it is run: exit statuses, one-line errors, nothing left behind, kills, and several processes."""
 
 import contextlib
+import errno
+import itertools
 import os
 import random
 import signal
@@ -10,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -20,10 +23,13 @@ from tests.golden_data import golden
 from tests.soak.programs import SERVER, Program, wait_for
 from tests.training_runs import command, is_same, train
 from utils import device
-from utils.errors import UserError, run_main
+from utils.data.memory import MemorySet
+from utils.errors import StoppedError, UserError, run_main
 from utils.lock import Lock
+from utils.runs import ranks
 from utils.runs.checkpoints import load
 from utils.runs.folder import RunFolder
+from utils.runs.training import Training
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 pytestmark = pytest.mark.usefixtures("folder_of_its_own")
@@ -86,6 +92,16 @@ def test_mistakes_at_the_command_line_have_no_usage_dump(line, problem):
     script, *argv = line.split()
     ended = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True, env=ONE_THREAD)
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"{script}: error: {problem}\n")
+
+
+@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 4), (errno.EROFS, 4), (errno.EACCES, 4), (errno.EEXIST, 2)])
+def test_a_folder_that_cannot_be_made_is_a_write_error(monkeypatch, capsys, number, status):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert status_of(command("norm", "run")) == status
+    assert "checkpoints/run: cannot be written" in capsys.readouterr().err
 
 
 def test_devices_are_picked_by_name(monkeypatch):
@@ -193,9 +209,26 @@ def started():
 
 
 def place(folder, environ):
+    """Puts a process there; STEP, if set for its rank, is what its third step of training does: raise, wait, die."""
     os.chdir(folder)
     os.environ.update(environ)
     torch.set_num_threads(1)
+    steps, step = itertools.count(1), Training.train_step
+
+    def third_step(self, *batch):
+        if next(steps) == 3 and environ.get("RANK", "1") == "1":
+            ACTIONS[environ["STEP"]]()
+        return step(self, *batch)
+
+    if "STEP" in environ:
+        Training.train_step = third_step
+
+
+def fail():
+    raise KeyError("made to fail\nwith more lines")
+
+
+ACTIONS = {"raise": fail, "wait": lambda: Event().wait(), "die": lambda: os.kill(os.getpid(), signal.SIGKILL)}
 
 
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(started):
@@ -215,7 +248,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(started):
     assert sorted(os.listdir("checkpoints/run")) == sorted(os.listdir("checkpoints/whole"))
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_program_with_a_checkpoint_one_line_and_its_status(started, signum, status):
     with started(command("norm", "run", "--epochs", "10000")) as program:
         wait_for(Path("checkpoints/run/epoch_1.pt").exists)
@@ -226,15 +259,102 @@ def test_a_signal_ends_the_program_with_a_checkpoint_one_line_and_its_status(sta
     assert program.last_line.endswith("state saved; rerun the same command to resume")
 
 
-def run_ranks(started, size, argv):
+def test_a_second_request_ends_a_process_that_waits_for_ever(started):
+    with started(command("norm", "run", "--epochs", "2"), STEP="wait") as program:
+        wait_for(Path("checkpoints/run/epoch_0.pt").exists)
+        time.sleep(1)
+        os.kill(program.process.pid, signal.SIGTERM)
+        assert program.wait(1.5) is None
+        os.kill(program.process.pid, signal.SIGTERM)
+        assert program.wait(30) == 143
+    assert program.last_line == "asked a second time to stop: ended at once, without saving"
+
+
+def test_a_request_is_obeyed_while_data_are_waited_for(monkeypatch):
+    whole = train("norm", "whole", "--epochs", "1")
+    batches = MemorySet.batches
+
+    def slow(self, loader):
+        for index, batch in enumerate(batches(self, loader)):
+            if index == 2 and loader.key:
+                Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                Event().wait()
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="epoch 1, step 2 of 4; state saved"):
+        patch.setattr(MemorySet, "batches", slow)
+        train("norm", "run", "--epochs", "1")
+    assert is_same(train("norm", "run", "--epochs", "1"), whole)
+
+
+def test_a_request_before_there_is_anything_to_save_ends_the_program(monkeypatch):
+    monkeypatch.setattr(main_block, "load_datasets", lambda args: os.kill(os.getpid(), signal.SIGHUP))
+    with pytest.raises(StoppedError, match="stopped by SIGHUP; rerun the same command") as stopped:
+        main_block.main(command("norm", "run"))
+    assert stopped.value.exit_status == 129 and os.listdir() == []
+
+
+def test_an_error_of_a_library_is_one_line_and_its_traceback_is_in_the_log(started):
+    with started(command("norm", "run"), STEP="raise") as program:
+        assert program.wait(60) == 1
+    cause, log = "KeyError: 'made to fail\\nwith more lines'", Path("checkpoints/run/log.txt")
+    assert program.last_line == f"main_block.py: error: {cause}; the traceback is in checkpoints/run/log.txt"
+    assert "Traceback" not in program.output and "in fail\n    raise KeyError" in log.read_text()
+    status = RunFolder("checkpoints", "run").status()
+    assert (status["state"], status["message"]) == ("failed", cause)
+
+
+@pytest.mark.parametrize(
+    "step, cause", [("raise", "made to fail"), ("die", "another process of this training has died")]
+)
+def test_if_one_process_fails_all_end_and_the_first_cause_is_noted(started, step, cause):
+    run_ranks(started, 2, command("norm", "run"), 1, STEP=step)
+    status = RunFolder("checkpoints", "run").status()
+    assert status["state"] == "failed" and cause in status["message"]
+
+
+def test_a_refusal_of_the_main_process_is_that_of_all(started):
+    with Lock(make_folder("checkpoints/run") / "lock"):
+        run_ranks(started, 2, command("norm", "run"), 2)
+    assert os.listdir("checkpoints/run") == []
+
+
+def make_folder(path):
+    Path(path).mkdir(parents=True)
+    return Path(path)
+
+
+@pytest.mark.parametrize(
+    "environ, expected",
+    [
+        ({"WORLD_SIZE": "1", "RANK": "0"}, 1),
+        ({"WORLD_SIZE": " ", "RANK": "", "LOCAL_RANK": "0"}, 1),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "without LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start .* with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}, "without MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: should be integers"),
+        ({"WORLD_SIZE": "-2"}, "should be integers"),
+        ({"WORLD_SIZE": "0"}, "no such process among 0"),
+        ({"RANK": "3"}, "RANK=3: there is no such process among 1"),
+    ],
+)
+def test_variables_that_torchrun_has_not_set_are_a_single_process_or_explained(environ, expected):
+    if isinstance(expected, int):
+        assert ranks.join("cpu", environ).size == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            ranks.join("cpu", environ)
+
+
+def run_ranks(started, size, argv, status=0, **more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), **more}
     with contextlib.ExitStack() as stack:
         ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size))
         for program in [stack.enter_context(started(argv, **environ, **rank)) for rank in ranks]:
-            assert program.wait(120) == 0, program.output
+            assert program.wait(120) in (status, -signal.SIGKILL * bool(status)), program.output
+            assert "Traceback" not in program.output
 
 
 def losses(checkpoint):

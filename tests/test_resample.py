@@ -3,6 +3,8 @@ paper's claims about rainbow networks at laptop scale."""
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from rainbow.alignment import Alignment
 from rainbow.sampling import METHODS
 from tests.soak.programs import Program, wait_for
 from utils.data.datasets import load_datasets
-from utils.errors import UserError
+from utils.errors import StoppedError, UserError
 from utils.runs.checkpoints import load, save
 from utils.runs.folder import RunFolder
 from utils.runs.networks import load_network
@@ -134,12 +136,10 @@ def test_samples_of_a_retrained_network_are_stale(root, tmp_path):
 
 @pytest.mark.parametrize("moment", ["resample.save", "utils.runs.samples.write_rows"])
 def test_an_interrupted_run_equals_an_uninterrupted_one(root, sampled, monkeypatch, moment):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(moment, interrupted)
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="stopped by SIGTERM"):
+        patch.setattr(moment, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         run(root, "width1", "--num-repeats", 3, "--dir", moment)
+    assert RunFolder(root, moment).status()["state"] == "stopped"
     run(root, "width1", "--num-repeats", 3, "--dir", moment)
     assert contents(root / moment) == contents(sampled / "resample-width1")
 
@@ -215,6 +215,25 @@ def test_networks_that_cannot_be_sampled(root, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path, "altered")
     assert [path.name for path in tmp_path.iterdir()] == ["altered"]
+
+
+def test_no_older_epoch_is_sampled_for_a_damaged_last_one(root, tmp_path):
+    altered(root, tmp_path)
+    folder = RunFolder(tmp_path, "altered")
+    folder.save_last(folder.checkpoint())
+    os.truncate(folder.file("last"), 500)
+    with pytest.raises(UserError, match=r"last.pt: damaged.*; the command that trained it mends it"):
+        run(tmp_path, "altered")
+
+
+def test_samples_and_runs_have_folders_of_their_own(root, sampled):
+    before = contents(sampled / "resample-width1"), (root / "width1" / "status.json").read_bytes()
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match="width1 holds the work of main_block.py: give another --dir"):
+            run(root, "width0.5", "--dir", "width1", *more)
+    with pytest.raises(UserError, match="resample-width1 holds the work of resample.py"):
+        train(root, "resamplings/resample-width1", WIDTHS)
+    assert before == (contents(sampled / "resample-width1"), (root / "width1" / "status.json").read_bytes())
 
 
 def test_the_methods_are_those_of_the_library():

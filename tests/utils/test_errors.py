@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,25 @@ def test_an_error_names_the_program_as_it_was_called():
         [sys.executable, "-m", "utils.figures", "--figure", "99"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 2 and ended.stderr.startswith("python -m utils.figures: error: "), ended.stderr
+
+
+@pytest.mark.parametrize(
+    "error, line, status",
+    [
+        ('KeyError("x")', "KeyError: 'x'", 1),
+        ('ValueError("one\\n  two\\n\\nthree")', "ValueError: one two", 1),
+        ("AssertionError()", "AssertionError", 1),
+        ('OSError(28, "No space left on device", "f")', "OSError: [Errno 28] No space left on device: 'f'", 4),
+    ],
+)
+def test_an_error_that_nobody_explains_is_one_line_and_its_traceback_a_file(error, line, status):
+    program = f"from utils.errors import run_main\ndef main(argv):\n    raise {error}\nrun_main(main)"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
+    assert ended.returncode == status and ended.stderr.count("\n") == 1
+    start, _, file = ended.stderr.strip().partition("; the traceback is in ")
+    assert start.endswith(f": error: {line}")
+    assert "Traceback (most recent call last)" in Path(file).read_text()
+    os.remove(file)
 
 
 def test_an_error_has_a_first_line():

@@ -35,7 +35,7 @@ class RunLog:
         """Prints a line, and adds it to log.txt."""
         if self.silent:
             return
-        with writing("to the standard output"), contextlib.suppress(BrokenPipeError):  # a reader may have gone
+        with writing("to the standard output"):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         self.keep(text)

@@ -34,7 +34,7 @@ def _modules(flags, help):
 _DATA = Option("--data", to.path, None, "ImageNet: the folder with train/ and val/; ImageNet32: the folder of its "
                "batches", "DIR", free=True)
 _DATA_DIR = Option("--data-dir", to.path, "data", "folder of CIFAR and MNIST, downloaded if missing", "DIR", free=True)
-_WORKERS = Option("-j --workers", to.natural, 4, "processes that read ImageNet", "N", free=True)
+_WORKERS = Option("-j --workers", to.few, 4, "processes that read ImageNet", "N", free=True)
 _DEVICE = Option("--device", to.text, "auto", "cpu, cuda, cuda:N, mps, or auto: the best available", free=True)
 _CHECKPOINTS = Option("--checkpoints", to.path, "checkpoints", "folder of the runs' folders", "DIR", free=True)
 
@@ -56,9 +56,9 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     Group("wavelets", BLOCKS),
     _per_block("--scattering-wph", to.bit, True, "1: Fw keeps the phase of the wavelet coefficients; 0: it "
                "gives their modulus, as if --psi-arch began with mod"),
-    _per_block("--scat-angles", to.natural, 8, "number of angles L of Fw; 0: low-pass only"),
+    _per_block("--scat-angles", to.few, 8, "number of angles L of Fw; 0: low-pass only"),
     _per_block("--scat-full-angles", to.bit, False, "1: angles over [0, 2π) instead of [0, π)"),
-    Option("--scattering-scales-per-octave", to.positive_int, 1, "scales per octave unless factorised", "S"),
+    Option("--scattering-scales-per-octave", to.width, 1, "scales per octave unless factorised", "S"),
     Option("--factorize-filters", to.natural, None, "blocks from this one on (from 0) have half an octave", "F"),
     Group("non-linearity", BLOCKS),
     _per_block("--scat-non-linearity", to.text, "mod", "non-linearity of mod and rho: "
@@ -66,7 +66,7 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
     _per_block("--scat-non-linearity-bias", to.finite_float, None, "its bias", "B"),
     _per_block("--scat-non-linearity-gain", to.finite_float, None, "its gain", "G"),
     _per_block("--scat-non-linearity-learned", to.bit, False, "1: its bias and gain are learned, per channel"),
-    _per_block("--dictionary-size", to.positive_int, 2048, "atoms of FrhoF's frame"),
+    _per_block("--dictionary-size", to.width, 2048, "atoms of FrhoF's frame"),
     Option("--non-linearity", to.text, "relu", "non-linearity of FrhoF", choices=names.FRAME_NON_LINEARITIES,
            fills="dictionary_non_linearity"),
     _per_block("--lambda-star", to.finite_float, 1.0, "threshold of FrhoF's non-linearity, times √(atoms)", "L",
@@ -106,7 +106,7 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
            fills="average_kernel"),
     Option("--identity-classifier", None, False, "no linear layer: a class for each number that leaves the blocks"),
     Group("standard networks", STANDARD),
-    Option("--standard-width-scaling", to.positive_float, 1.0, "factor of all widths", "S", fills="width"),
+    Option("--standard-width-scaling", to.scale, 1.0, "factor of all widths", "S", fills="width"),
     Option("--standard-batch-norm", to.text, "pre", "batch norm before (pre) or after (post) the non-linearity, or "
            "none", choices=names.BATCH_NORMS),
     Option("--standard-no-bias", None, False, "no biases, batch norm without affine map"),
@@ -126,7 +126,7 @@ TRAINING = CommandLine("main_block.py", "Trains one network of the paper.", grou
            "or '[I, …]': only these of the whole set", INTERVAL),
     Option("--classes-subset", to.class_or_classes, None, "only these classes, renumbered; or the numbers of some, "
            "which keep them", INTERVAL, many=True, combine=to.classes_of),
-    Option("--resize-images", to.positive_int, None, "images of SIZE × SIZE", "SIZE"),
+    Option("--resize-images", to.width, None, "images of SIZE × SIZE", "SIZE"),
     Option("--randomize-labels", to.natural, None, "random labels", "SEED"),
     Option("--bad-images", to.text, "error", "action on unreadable image files", choices=BAD_IMAGES, free=True),
     _WORKERS,
@@ -165,7 +165,7 @@ SAMPLING = CommandLine("resample.py", "Samples rainbow networks of a trained exp
     Option("--dir", to.path, None, "folder of samples (default resamplings/resample-EXPERIMENT)", "NAME", free=True),
     _CHECKPOINTS,
     Option("--epoch", to.epoch, None, "sample from this epoch (default: the last, -1)", "E"),
-    Option("--num-atoms", to.positive_int, None, "widths of all layers but the classifier (default: the trained)",
+    Option("--num-atoms", to.width, None, "widths of all layers but the classifier (default: the trained)",
            "N", many=True),
     Option("--method", to.text, "gaussian", "rows of weights: gaussian; orthogonal, a random isometry; white, no "
            "covariance", choices=("gaussian", "orthogonal", "white")),

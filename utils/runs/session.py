@@ -34,10 +34,14 @@ def hold(folder, program):
     if another program than `program` works there."""
     folder.refuse_work_of_others(program)
     folder.create()
-    with Lock(folder.path / "lock"):
-        folder.refuse_work_of_others(program)
-        folder.clean()
-        yield
+    try:
+        with Lock(folder.path / "lock"):
+            folder.refuse_work_of_others(program)
+            folder.clean()
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.path.rmdir()  # of a refusal nothing stays
 
 
 @contextlib.contextmanager

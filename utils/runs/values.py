@@ -31,6 +31,9 @@ _PREDEFINED = {  # names of blocks in the authors' program
 _FLOAT = 3.4e38  # the largest in single precision
 positive_int = _number(int, 1, "a positive integer")
 natural = _number(int, 0, "an integer of at least 0")
+width = _number(int, 1, "a positive integer", high=10**6)  # what no computer could hold is refused before it is tried
+few = _number(int, 0, "an integer of at least 0", high=1000)
+scale = _number(float, 0, "a positive number", strict=True, high=1e4)
 seed = _number(int, 0, "an integer of at least 0", high=2**63 - 1)
 positive_float = _number(float, 0, "a positive number", strict=True, high=_FLOAT)
 non_negative_float = _number(float, 0, "a number of at least 0", high=_FLOAT)
@@ -76,7 +79,7 @@ def matrix_file(word):
 
 def channels(word):
     """A number of channels, or 'id' for the identity."""
-    return IDENTITY if word == IDENTITY else positive_int(word)
+    return IDENTITY if word == IDENTITY else width(word)
 
 
 def bit(word):

@@ -189,6 +189,13 @@ def test_arguments_stored_by_an_older_version_are_completed():
         ("NORM --batch-size -3", "--batch-size: -3 is not a positive integer"),
         ("NORM --lr nan", "nan is not a number of at least 0"),
         ("NORM --seed 100000000000000000000000", "too large"),
+        ("NORM --lr 1e308", "too large"),
+        ("NORM --wd 1e39", "too large"),
+        ("--digits --arch resnet18-custom --standard-width-scaling 1e9", "too large"),
+        ("NORM --dir ''", "--dir: empty"),
+        ("NORM --checkpoints=~nobody-of-this-name/x", "a user or a variable that does not exist"),
+        ("NORM --data-dir $NOT_SET/x", "a user or a variable that does not exist"),
+        (f"NORM --dir {'x' * 256}", "too long"),
         ("NORM --n-blocks 1000000000000", "too large"),
         ("NORM --n-blocks 1001", "from 1 to 1000"),
         ("NORM --resume ''", "--resume: empty"),
@@ -220,6 +227,19 @@ def test_mistakes_are_one_clear_line(line, says):
     with pytest.raises(ValueError) as caught:
         build(line.replace("NORM", NORM))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_home_and_variables_are_expanded_in_every_name_of_a_file_or_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "runs")
+    for command in (options.TRAINING, options.SAMPLING):
+        named = [option for option in command.options if option.metavar in ("DIR", "FILE")]
+        assert len(named) > 2
+        for option in [*named, command.by_field["dir"]]:
+            needed = ["-a" if command is options.TRAINING else "--experiment", "x"]
+            given = command.given([f"{option.flag}=~/${{PLACE}}/$PLACE", *needed])
+            value = given[option.field]
+            assert (value[0] if option.per_block else value) == "/home/me/runs/runs"
 
 
 def test_a_slurm_array_gives_every_task_its_name_and_seed():
