@@ -5,7 +5,7 @@ import torch
 from torch.nn.utils import prune
 
 from rainbow import Rainbow, RainbowError, RainbowSampler
-from tests.rainbow.networks import batches, run
+from tests.rainbow.networks import accuracy, batches, run
 from tests.rainbow.zoo import HIDDEN, NETWORKS, alone, network, permuted
 from tests.rounding import assert_values
 
@@ -72,6 +72,20 @@ def test_a_sample_that_only_permutes_trained_neurons_is_the_trained_network_or_i
         return
     assert name not in NOT_SAMPLED
     torch.testing.assert_close(other, same, atol=2e-3 * same.abs().max().item(), rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:layer .* do not determine")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_clipping_to_all_directions_changes_nothing_or_is_refused(name):
+    trained, images = network(name), data()[:2]
+    rainbow = Rainbow.fit(trained, images)
+    for layer in rainbow.layers.values():
+        if isinstance(layer.module, (torch.nn.Conv1d, torch.nn.Conv3d)):
+            with pytest.raises(RainbowError, match="two-dimensional convolutions only"):
+                rainbow.clip(layer.name, ranks=[layer.dimension])
+        else:
+            found = rainbow.clip(layer.name, ranks=[0, layer.dimension])[1][1]
+            assert found == pytest.approx(accuracy(trained, images), abs=2)
 
 
 # ---- what people bring
