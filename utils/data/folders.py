@@ -146,7 +146,9 @@ def _read(reader, loader):
 def _leave_signals_to_the_parent(_):
     """Ctrl-C and a scheduler's SIGTERM reach all processes of a job; the parent decides when its workers stop."""
     warnings.filterwarnings("ignore", module="PIL")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_stop_when_the_parent_says, args=(os.getppid(),), daemon=True).start()

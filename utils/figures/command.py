@@ -20,6 +20,7 @@ from utils.figures.gallery import FORMATS, Gallery, claims_table, save
 from utils.figures.pictures import write_pictures
 from utils.figures.report import write_report
 from utils.files import atomic_write
+from utils.runs import values as to
 from utils.runs.command import Parser
 
 EXAMPLES = (
@@ -38,19 +39,20 @@ def parser() -> Parser:
     which = {"type": int, "metavar": "N", "choices": FIGURES, "default": list(FIGURES)}
     add("--figure", nargs="+", **which, help="figures to draw (default: all nine)")
     add("--recompute", action="store_true", help="recompute numbers whose checkpoints have changed")
-    add("--checkpoints", default="checkpoints", metavar="DIR", help="folder of the runs (default: checkpoints)")
+    place = {"type": to.path, "metavar": "DIR"}
+    add("--checkpoints", **place, default="checkpoints", help="folder of the runs (default: checkpoints)")
     add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default)")
-    add("--data", metavar="DIR", help="ImageNet's folder, if it has moved since training")
-    add("--data-dir", metavar="DIR", help="folder of downloaded data sets, if it has moved since training")
+    add("--data", **place, help="ImageNet's folder, if it has moved since training")
+    add("--data-dir", **place, help="folder of downloaded data sets, if it has moved since training")
     add("--batch-size", type=int, default=128, metavar="N", help="images at a time (default: 128)")
     where = f"folder of the numbers (default: {ROOT}, this repository's; with --recompute the folder numbers in --out)"
-    add("--numbers", type=Path, metavar="DIR", help=where)
+    add("--numbers", type=to.folder, metavar="DIR", help=where)
     add("--curves", nargs="+", metavar="NAME", help="draw the training curves of these runs instead")
-    add("--pictures", type=Path, metavar="DIR", help="write small PNGs of the figures for a page to DIR instead")
+    add("--pictures", type=to.folder, metavar="DIR", help="write small PNGs of the figures for a page to DIR instead")
     formats = {"nargs": "+", "choices": ("pdf", "png", "svg"), "default": FORMATS, "metavar": "FORMAT"}
     add("--format", **formats, help="pdf, png, svg, or several of them (default: pdf png)")
     add("--style", choices=STYLES, default="paper", help="paper (default), or poster: larger letters, thicker lines")
-    add("--out", default="figures", type=Path, metavar="DIR", help="folder of the figures (default: figures)")
+    add("--out", default="figures", type=to.folder, metavar="DIR", help="folder of the figures (default: figures)")
     return parser
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from argparse import ArgumentTypeError
+from pathlib import Path
 
 from models.names import IDENTITY, MODULES, check_names
 from utils.errors import UserError
@@ -70,6 +71,11 @@ def path(word):
     if max(map(len, os.fsencode(found).split(b"/"))) > 255 or len(os.fsencode(found)) > 4000:
         raise ArgumentTypeError(f"{word[:40]!r}… is too long a name")
     return found
+
+
+def folder(word):
+    """The path of a folder."""
+    return Path(path(word))
 
 
 def matrix_file(word):

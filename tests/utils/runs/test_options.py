@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import models
+import run_exps
 from models.signal import Signal
 from tests.conftest import ROOT
 from tests.golden_data import original_commands
 from utils.errors import UserError
+from utils.figures import command as figures
 from utils.runs import options, values
 from utils.runs.authors import FOREIGN
 from utils.runs.networks import network_config
@@ -240,6 +242,13 @@ def test_home_and_variables_are_expanded_in_every_name_of_a_file_or_folder(monke
             given = command.given([f"{option.flag}=~/${{PLACE}}/$PLACE", *needed])
             value = given[option.field]
             assert (value[0] if option.per_block else value) == "/home/me/runs/runs"
+    for parser, flags in ((run_exps.parser(), PLACES[:3]), (figures.parser(), PLACES)):
+        for flag in flags:
+            given = parser.parse_args([f"{flag}=~/${{PLACE}}/$PLACE"])
+            assert str(getattr(given, flag[2:].replace("-", "_"))) == "/home/me/runs/runs"
+
+
+PLACES = "--checkpoints --data --data-dir --numbers --pictures --out".split()
 
 
 def test_a_slurm_array_gives_every_task_its_name_and_seed():
