@@ -186,8 +186,10 @@ def _moved(channels, func, args, kwargs):
     def swap(x):
         if isinstance(x, (list, tuple)):
             return type(x)(map(swap, x)) if type(x) in (list, tuple) else x
-        if not isinstance(x, Tensor) or not x.is_floating_point() and not x.is_complex():
+        if not isinstance(x, Tensor):
             return x
+        if not x.is_floating_point() and not x.is_complex():
+            return x.cpu()  # an index; labels are kept there
         labels = channels.labels.get(x)
         return torch.zeros(x.shape) if labels is None else labels.contiguous()
 
