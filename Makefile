@@ -1,6 +1,7 @@
 # make demo   the whole paper on the handwritten digits: train, resample, analyse, draw
 # make test   what continuous integration runs
 # make processors  the numerical tests as older processors compute, and with two threads
+# make gpu    on a CUDA GPU: that it computes what a CPU does, and how fast
 # make soak   the trial of what the README promises: kills, full disks, hostile files, several processes
 # make oldest the tests on the oldest packages that requirements.txt admits, in .venv-oldest
 # All but the last set up .venv first; a second call sets up nothing again.
@@ -14,7 +15,7 @@ CLEAN := env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PYTHONPATH -
 PIP := -m pip install --quiet --disable-pip-version-check --no-user
 NUMERICAL := tests/rainbow tests/models tests/test_tutorial.py tests/utils/runs/test_training.py
 
-.PHONY: demo test processors soak oldest
+.PHONY: demo test processors gpu soak oldest
 
 demo: $(READY)
 	$(BIN)/python run_exps.py --scale laptop
@@ -32,6 +33,10 @@ processors: $(READY)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m pytest -n 2 $(NUMERICAL)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(NUMERICAL)
+
+gpu: $(READY)
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cuda.py
+	$(BIN)/python benchmarks/gpu.py
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -n 2 tests/soak

@@ -56,11 +56,12 @@ def to_double(network):
 
 def losses(network, name):
     """The loss before each SGD step on the golden batches, in the network's precision."""
-    dtype = next(network.train().parameters()).dtype
+    weight = next(network.train().parameters())
+    device, dtype = weight.device, weight.dtype
     optimizer = make_optimizer(network, golden_args(name))
     found = []
     for images, labels in golden(name)["train_batches"]:
-        loss = F.cross_entropy(network(images.to(dtype.to_real())), labels)
+        loss = F.cross_entropy(network(images.to(device, dtype.to_real())), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
