@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from utils.data.names import BAD_IMAGES
-from utils.errors import UserError
+from utils.errors import UserError, as_user_error
 
 _ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
 
@@ -53,6 +53,20 @@ def shares(size, batch_size, *, shuffle=False, seed=0, epoch=0, start_step=0, ra
     return [b[rank * len(b) // world_size : (rank + 1) * len(b) // world_size] for b in batches]
 
 
+def class_labels(values, count, classes, first=0):
+    """Labels (count,) int64 from 0, of labels (count,) or (count, 1) from `first`. Raises ValueError."""
+    labels = np.asarray(values)
+    if labels.shape not in ((count,), (count, 1)):
+        hint = "; of one-hot labels pass the argmax" if labels.ndim > 1 else ""
+        raise ValueError(f"labels of shape {labels.shape}: expected {count} labels, one class number per image{hint}")
+    if count and labels.dtype.kind not in "iu":
+        raise ValueError(f"labels of type {labels.dtype}: expected {count} labels, integers from {first}")
+    labels = torch.from_numpy(labels.reshape(-1).astype(np.int64)) - first
+    if count and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"labels are not all in {first}..{first + classes - 1}")
+    return labels
+
+
 class Loader:
     """Batches ((B, C, M, N) float32 in channels-last memory, (B,) int64) on `device`, made by `images` from `steps`.
 
@@ -80,7 +94,12 @@ class Loader:
 
 class ImageSet:
     """A set of images: `labels` (n,) int64 in 0..num_classes−1, `image_shape` (C, M, N), `batches` of a `Loader`;
-    `content`, the array of their names or pixels."""
+    `content`, the array of their names or pixels. Labels (n, 1) are flattened, others refused with UserError."""
+
+    def __post_init__(self):
+        with as_user_error():
+            labels = class_labels(self.labels, len(self.content), self.num_classes)
+        object.__setattr__(self, "labels", labels)  # of a frozen dataclass
 
     def __len__(self):
         return len(self.labels)

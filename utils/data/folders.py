@@ -26,6 +26,16 @@ def centre(image, size):
     return image.resize((width, height), Image.BILINEAR).crop((left, top, left + size, top + size))
 
 
+def eight_bits(image):
+    """A PIL image whose pixels have 8 bits: 16 bits of grey, which PIL would clip, are scaled. Raises ValueError."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values, is_long = np.asarray(image), image.mode == "F" or (image.mode, image.format) == ("I", "TIFF")
+        if is_long or not 0 <= values.min() <= values.max() <= 65535:
+            raise ValueError(f"grey values {values.min():g}..{values.max():g} of {values.dtype}, expected 8 or 16 bits")
+        return Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
+    return image
+
+
 def resized(width, height, shorter):
     """(width, height) of an image after its shorter side became `shorter` pixels, the longer one rounded down."""
     return tuple(shorter * side // min(width, height) for side in (width, height))
@@ -77,7 +87,7 @@ class FolderSet(ImageSet):
 
     @property
     def content(self):
-        return self.names.view(np.uint8).reshape(len(self), -1)
+        return self.names.view(np.uint8).reshape(len(self.names), -1)
 
     def path(self, index):
         return os.path.join(self.root, os.fsdecode(self.names[index]))
@@ -121,7 +131,7 @@ class _Reader(Dataset):
 
     def _read(self, index):
         with Image.open(self.files.path(index)) as file:
-            image = file.convert(self.files.mode)
+            image = eight_bits(file).convert(self.files.mode)
         if self.key is None:
             return np.asarray(centre(image, self.files.size))
         return np.asarray(random_part(image, self.files.size, generator(*self.key, index)))

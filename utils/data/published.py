@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from utils.data.batches import Normalization
+from utils.data.batches import Normalization, class_labels
 from utils.data.folders import FolderSet
 from utils.data.memory import MemorySet
 from utils.data.safe_pickle import read_pickle
-from utils.errors import UserError, first_line
+from utils.errors import UserError, as_user_error, first_line
 
 COLOR = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GRAY = Normalization((0.481,), (0.239,))
@@ -56,7 +56,8 @@ def _mnist(args):
     for part in ("train", "t10k"):
         images = _idx(read_image_file, folder / f"{part}-images-idx3-ubyte")[..., None]
         path = folder / f"{part}-labels-idx1-ubyte"
-        labels = _labels(path, _idx(read_label_file, path), len(images), 10)
+        with as_user_error(f"{path}: "):
+            labels = class_labels(_idx(read_label_file, path), len(images), 10)
         sets.append(MemorySet(images, labels, 10, MNIST))
     return sets
 
@@ -68,19 +69,6 @@ def _idx(read, path):
         raise
     except Exception as error:  # the reader checks with assertions and answers foreign bytes with any exception
         raise UserError(f"{path}: not a file of MNIST ({first_line(error)}); download it again") from None
-
-
-def _labels(path, values, count, classes, first=0):
-    """Labels (count,) int64 from 0, of published labels from `first`; raises UserError naming `path`."""
-    try:
-        labels = torch.from_numpy(np.asarray(values, dtype=np.int64)) - first
-    except (ValueError, TypeError, OverflowError):
-        labels = torch.tensor([])
-    if labels.shape != (count,):
-        raise UserError(f"{path}: expected a list of {count} labels, one per image; download it again")
-    if count and not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(f"{path}: labels are not all in {first}..{first + classes - 1}")
-    return labels
 
 
 def _downloaded(data_dir, reader, name, inside, url, archives):
@@ -137,7 +125,8 @@ def _imagenet32_set(files):
             images = torch.empty((room, *batch.shape[1:]), dtype=torch.uint8)
         if batch.shape[1:] != images.shape[1:]:
             raise UserError(f"{path}: its images have another size than those of {files[0].name}")
-        labels.append(_labels(path, content.get("labels"), len(batch), 1000, first=1))
+        with as_user_error(f"{path}: "):
+            labels.append(class_labels(content.get("labels", []), len(batch), 1000, first=1))
         images[used : used + len(batch)] = batch
         used += len(batch)
     return MemorySet(images[:used], torch.cat(labels), 1000, COLOR, PADDING)
@@ -171,34 +160,43 @@ def _imagenet(args):
     train, val = folder / "train", folder / "val"
     if not (train.is_dir() and val.is_dir()):
         raise UserError(
-            f"ImageNet is not in {folder}, which needs the folders train/ and val/ with a folder of images for each "
-            f"class: get ILSVRC 2012 from image-net.org/download-images and unpack it there; --digits needs no files"
+            f"ImageNet is not in {folder} ({_found(folder)}), which needs the folders train/ and val/ with a folder of "
+            f"images for each class: get ILSVRC 2012 from image-net.org/download-images and unpack it there; --digits "
+            f"needs no files"
         )
-    classes = _folders(train)
-    if not classes:
-        raise UserError(f"{train}: no folder of images for any class")
-    unknown = sorted(set(_folders(val)) - set(classes))
-    if unknown:
-        raise UserError(f"{val / unknown[0]}: a class that {train} does not have")
+    classes = [name.removesuffix("/") for name in _listed(train) if name.endswith("/")]
     normalization, mode = (GRAY, "L") if args.grayscale else (COLOR, "RGB")
+    for part, other in ((train, val), (val, train)):
+        if not any(name.endswith("/") for name in _listed(part)):
+            raise UserError(f"{part}: no folder of images for any class ({_found(part)})")
+        if missing := [name for name in _listed(other) if name.endswith("/") and not (part / name).is_dir()]:
+            raise UserError(f"{part}: no folder {missing[0]}, a class that {other} has ({_found(part)})")
     files = [_image_files(part, classes) for part in (train, val)]
     return [FolderSet(*each, len(classes), normalization, mode, args.resize_images or 224) for each in files]
 
 
-def _folders(path):
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+def _listed(folder):
+    """The names in a folder, in order, those of folders with a / at the end; without what systems hide or add."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return [e.name + "/" * e.is_dir() for e in entries if not e.name.startswith((".", "__MACOSX", "@eaDir"))]
+
+
+def _found(folder):
+    """What a folder holds, for a message."""
+    names = _listed(folder) if folder.is_dir() else []
+    return f"found {', '.join(names[:3]) or 'nothing'}" + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 def _image_files(folder, classes):
-    """(root, names, labels) of a `FolderSet`."""
+    """(root, names, labels) of a `FolderSet`. Raises UserError if a class has no images."""
     names, labels = [], []
     for label, name in enumerate(classes):
-        if (folder / name).is_dir():
-            files = sorted(f for f in os.listdir(folder / name) if f.lower().endswith(_IMAGE_FILES))
-            names.extend(os.fsencode(os.path.join(name, file)) for file in files)
-            labels.extend([label] * len(files))
-    if not names:
-        raise UserError(f"{folder}: no image files in folders of classes")
+        files = [file for file in _listed(folder / name) if file.lower().endswith(_IMAGE_FILES)]
+        if not files:
+            kinds = f"{', '.join(_IMAGE_FILES)}, in no further folder"
+            raise UserError(f"{folder / name}: no images of this class ({_found(folder / name)}; expected {kinds})")
+        names.extend(os.fsencode(os.path.join(name, file)) for file in files)
+        labels.extend([label] * len(files))
     return str(folder), np.array(names), torch.tensor(labels)
 
 

@@ -26,7 +26,7 @@ def read_pickle(path):
     """
     try:
         with open(path, "rb") as file:
-            content = _Unpickler(file).load()
+            content = _Unpickler(file, encoding="latin1").load()  # of Python 2's strings, which may be bytes
     except _Refused as error:
         raise UserError(f"{path}: refused, it asks for {error}; data are arrays, numbers, strings and lists") from None
     except OSError as error:
@@ -69,6 +69,7 @@ class _Array:
 
 
 def _from_buffer(data, number, shape, order):
+    data = data.encode("latin1") if isinstance(data, str) else data
     return np.frombuffer(data, number.dtype).reshape(shape, order=order)
 
 
@@ -76,7 +77,7 @@ _STAND_INS = {
     ("numpy", "dtype"): _Number,
     ("numpy", "ndarray"): _Array,
     ("numpy.core.multiarray", "_reconstruct"): lambda kind, *_: kind(),
-    ("numpy.core.multiarray", "scalar"): lambda number, data: np.frombuffer(data, number.dtype)[0].item(),
+    ("numpy.core.multiarray", "scalar"): lambda number, data: _from_buffer(data, number, (), "C").item(),
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
     ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes in the first protocols
 }

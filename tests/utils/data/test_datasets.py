@@ -1,9 +1,11 @@
 """Data sets: the published formats are read, parts of them chosen, and damaged or hostile files refused."""
 
 import gzip
+import io
 import os
 import pickle
 import shutil
+import struct
 import tarfile
 import time
 from argparse import Namespace
@@ -25,7 +27,9 @@ from torchvision.transforms import functional
 import main_block
 from tests import published_files
 from tests.published_files import Hostile, random_images, to_rows, write_imagenet
+from utils.data.batches import Normalization
 from utils.data.datasets import load_datasets
+from utils.data.memory import MemorySet
 from utils.data.names import DATASETS, IN_FOLDERS
 from utils.errors import UserError
 
@@ -314,10 +318,26 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path, hide, protocol):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+class Python2Pickler(pickle._Pickler):
+    """Writes strings as Python 2 does: as bytes of no encoding."""
+
+    def save_string(self, value):
+        content = value if isinstance(value, bytes) else value.encode("latin1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        self.memoize(value)
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_string, str: save_string}
+
+
+@pytest.mark.parametrize("protocol", ["Python 2", *range(pickle.HIGHEST_PROTOCOL + 1)])
 def test_pickles_of_any_protocol_are_read(tmp_path, protocol):
     def pickled(content):
-        return pickle.dumps({**content, "data": np.asfortranarray(content["data"])}, protocol)
+        content = {**content, "data": np.asfortranarray(content["data"]), "count": np.int64(len(content["labels"]))}
+        if protocol != "Python 2":
+            return pickle.dumps(content, protocol)
+        file = io.BytesIO()
+        Python2Pickler(file, 2).dump(content)
+        return file.getvalue()
 
     (images, labels), _ = published_files.write_imagenet32(tmp_path, pickled=pickled)
     check_set(load("imagenet32", tmp_path).train, images, labels - 1)
@@ -341,6 +361,8 @@ ROWS = to_rows(random_images(3, 32))
         (pickle.dumps({"data": ROWS, "labels": [1, 2]}), "3 labels"),
         (pickle.dumps({"data": ROWS}), "3 labels"),
         (pickle.dumps({"data": ROWS, "labels": ["a", "b", "c"]}), "3 labels"),
+        (pickle.dumps({"data": ROWS, "labels": [1.0, 2.5, 3.0]}), "3 labels, integers"),
+        (pickle.dumps({"data": ROWS, "labels": np.eye(3, dtype=int)}), "one-hot"),
         (pickle.dumps({"data": ROWS, "labels": [0, 1, 2]}), "1..1000"),
         (pickle.dumps({"data": ROWS.astype(object), "labels": [1, 2, 3]}), "an array of O8"),
     ],
@@ -364,15 +386,109 @@ def test_missing_and_damaged_idx_files_are_named(tmp_path, file, change):
     explained(lambda: load("mnist", tmp_path), path, "" if change else "No such file")
 
 
-def test_broken_folders_are_explained(tmp_path):
-    write_imagenet(tmp_path / "one", 2, 1)
-    (tmp_path / "one" / "val" / "n99").mkdir()
-    explained(lambda: load("imagenet", tmp_path / "one"), tmp_path / "one" / "val" / "n99", "does not have")
+def test_missing_batches_of_imagenet32_are_named(tmp_path):
+    published_files.write_imagenet32(tmp_path)
+    (tmp_path / "train_data_batch_7").unlink()
+    explained(lambda: load("imagenet32", tmp_path), "(train_data_batch_7 missing)")
+
+
+def move(old, new):
+    entries = list(old.iterdir())
+    new.mkdir(parents=True, exist_ok=True)
+    for entry in entries:
+        entry.rename(new / entry.name)
+
+
+CAT = "train/n00000000"
+TREES = [  # what happens to a tree, the folder that is named, what is said of it
+    (lambda top: (top / "train").rename(top / "training"), "", "found training/, val/"),
+    (lambda top: move(top, top / "imagenet"), "", "found imagenet/"),
+    (lambda top: move(top / "val", top / "lost"), "val", "(found nothing)"),
+    (
+        lambda top: [move(each, each.parent) or each.rmdir() for each in top.glob("val/n*")],
+        "val",
+        "(found val_0.JPEG, ",
+    ),
+    (lambda top: [shutil.rmtree(each) for each in (top / "train").glob("n*")], "train", "no folder of images"),
+    (lambda top: move(top / CAT, top / CAT / "images"), CAT, "no images of this class (found images/; expected .jpeg"),
+    (lambda top: [each.rename(f"{each}.gz") for each in (top / CAT).iterdir()], CAT, "found train_0.JPEG.gz, train"),
+    (lambda top: move(top / CAT, top / "lost"), CAT, "no images of this class (found nothing;"),
+    (lambda top: [move(top / part, top / part / "all") for part in ("train", "val")], "train/all", "n00000000/, n0"),
+    (lambda top: shutil.rmtree(top / CAT), "train", "no folder n00000000/, a class that"),
+    (lambda top: shutil.rmtree(top / "val" / "n00000001"), "val", "no folder n00000001/, a class that"),
+    (lambda top: (top / "val" / "extra").mkdir(), "train", "no folder extra/, a class that"),
+]
+
+
+@pytest.mark.parametrize("change, place, found", TREES)
+def test_trees_that_are_not_what_they_claim_are_refused_with_what_was_found(tmp_path, change, place, found):
+    top = tmp_path / "data"
+    write_imagenet(top)
+    change(top)
+    explained(lambda: load("imagenet", top), top / place, found)
+
+
+@pytest.mark.parametrize("name", ["._val_0.JPEG", ".hidden.png", ".DS_Store", "Thumbs.db", "photos.jpg/"])
+def test_what_systems_leave_among_images_is_no_image(tmp_path, name):
+    write_imagenet(tmp_path)
+    before = load("imagenet", tmp_path).digest
+    for folder in (tmp_path, *tmp_path.glob("*"), *tmp_path.glob("*/n*")):
+        (folder / "__MACOSX").mkdir()
+        (folder / "__MACOSX" / name).mkdir() if name.endswith("/") else (folder / name).write_bytes(b"\0\5\x16\7")
+    assert load("imagenet", tmp_path).digest == before
+
+
+# pixels and labels
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
+@pytest.mark.parametrize("grayscale", [False, True])
+def test_grey_of_16_bits_is_scaled(tmp_path, name, grayscale):
+    ramp = np.arange(256 * 256, dtype=np.uint16).reshape(256, 256)
     for part in ("train", "val"):
-        (tmp_path / "two" / part).mkdir(parents=True)
-    explained(lambda: load("imagenet", tmp_path / "two"), "no folder of images")
-    (tmp_path / "two" / "train" / "cats").mkdir()
-    explained(lambda: load("imagenet", tmp_path / "two"), "no image files")
-    published_files.write_imagenet32(tmp_path / "three")
-    (tmp_path / "three" / "train_data_batch_7").unlink()
-    explained(lambda: load("imagenet32", tmp_path / "three"), "(train_data_batch_7 missing)")
+        folder = tmp_path / part / "ramp"
+        folder.mkdir(parents=True)
+        Image.fromarray(ramp).save(folder / name)
+    ours = load("imagenet", tmp_path, grayscale=grayscale, resize_images=224).val
+    crop = transforms.CenterCrop(224)(Image.fromarray(np.round(ramp / 257).astype(np.uint8)))
+    check_set(ours, [crop.convert(ours.mode)], [0], GRAY if grayscale else COLOR)
+
+
+@pytest.mark.parametrize("pixels", [np.full((9, 9), 0.5, np.float32), np.full((9, 9), 70000, np.int32)])
+def test_pixels_that_would_be_clipped_are_refused(tmp_path, pixels):
+    write_imagenet(tmp_path, 1, 1)
+    path = tmp_path / "val" / "n00000000" / "bad.tif"
+    Image.fromarray(pixels).save(path)
+    explained(lambda: everything(load("imagenet", tmp_path).val), path, "expected 8 or 16 bits")
+
+
+def memory_set(labels):
+    return MemorySet(torch.zeros(3, 4, 4, 1, dtype=torch.uint8), labels, 3, Normalization((0.0,), (1.0,)))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list, lambda each: np.array(each, np.uint8)])
+def test_labels_with_a_dimension_too_many_are_flattened(kind, tmp_path):
+    assert everything(memory_set(kind([[2], [0], [1]])))[1].tolist() == [2, 0, 1]
+    labels = pickle.dumps({"data": ROWS, "labels": kind([[3], [1], [2]])})
+    if kind is not torch.tensor:
+        published_files.write_imagenet32(tmp_path, val_data=labels)
+        assert load("imagenet32", tmp_path).val.labels.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "labels, complaint",
+    [
+        (torch.eye(3), "one-hot"),
+        (torch.eye(3).long(), "one-hot"),
+        (torch.tensor([0.0, 1.0, 2.0]), "float32: expected 3 labels, integers"),
+        (torch.tensor([True, False, True]), "bool"),
+        (torch.tensor([0, 1]), "3 labels, one class number per image"),
+        (torch.tensor([0, 1, 3]), "0..2"),
+        (torch.tensor([0, 1, -1]), "0..2"),
+        ([None, 1, 2], "object"),
+        ([[0], [1, 2], [1]], "inhomogeneous"),
+        ("012", "shape ()"),
+    ],
+)
+def test_other_labels_are_refused_in_words(labels, complaint):
+    explained(lambda: memory_set(labels), complaint)
