@@ -1,22 +1,25 @@
 """Sets of image files, read, cropped and resized by worker processes."""
 
+import contextlib
 import logging
 import math
 import os
 import signal
 import warnings
 from dataclasses import dataclass, field, replace
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils.data.batches import ImageSet, Normalization, generator
-from utils.errors import UserError, first_line
+from utils.errors import RunError, UserError, first_line
 
 _log = logging.getLogger(__name__)
+_SHARED = "shared memory (/dev/shm)"
+_SLOWER = "they hand on images through pipes, which is slower; enlarge it (docker run --shm-size) or use fewer"
 
 
 def centre(image, size):
@@ -104,15 +107,23 @@ class FolderSet(ImageSet):
                 problem = f"{path}: not a readable image ({why})"
                 if not loader.skip:
                     raise UserError(f"{problem}; repair or remove it, or pass --bad-images skip")
-                if path not in self.reported:
-                    self.reported.add(path)
-                    _log.warning("%s, skipped", problem)
-            images = images.to(loader.device, non_blocking=True)
-            yield normalize(images), labels.to(loader.device, non_blocking=True)
+                self._warn_once(path, f"{problem}, skipped")
+            if isinstance(images, np.ndarray):
+                self._warn_once(_SHARED, f"{_SHARED} is too small for {loader.workers} processes (-j): {_SLOWER}")
+            images = torch.as_tensor(images).to(loader.device, non_blocking=True)
+            yield normalize(images), torch.from_numpy(labels).to(loader.device, non_blocking=True)
+
+    def _warn_once(self, what, text):
+        if what not in self.reported:
+            self.reported.add(what)
+            _log.warning(text)
 
 
 class _Reader(Dataset):
-    """Reads whole batches: indices (B,) -> images (B, size, size, C) uint8, labels (B,), bad files [(path, why)]."""
+    """Reads whole batches: indices (B,) -> images (B, size, size, C) uint8, labels (B,), bad files [(path, why)].
+
+    A worker's images are in shared memory, or an array, which goes through a pipe, where that has no room.
+    """
 
     def __init__(self, files, key):
         self.files, self.key = files, key
@@ -127,7 +138,12 @@ class _Reader(Dataset):
                 good.append(index)
             except Exception as error:  # decoders answer foreign bytes with any exception
                 bad.append((self.files.path(index), first_line(error)))
-        return torch.from_numpy(images[: len(good)]), self.files.labels[good], bad
+        images, labels = images[: len(good)], self.files.labels[good].numpy()
+        if get_worker_info() is None:
+            return torch.from_numpy(images), labels, bad
+        with contextlib.suppress(RuntimeError):
+            return torch.from_numpy(images).share_memory_(), labels, bad
+        return images, labels, bad
 
     def _read(self, index):
         with Image.open(self.files.path(index)) as file:
@@ -138,19 +154,63 @@ class _Reader(Dataset):
 
 
 def _read(reader, loader):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
-        return iter(
-            DataLoader(
-                reader,
-                sampler=loader.steps,
-                batch_size=None,
-                num_workers=loader.workers,
-                worker_init_fn=_leave_signals_to_the_parent,
-                pin_memory=loader.device.type == "cuda",
-                generator=torch.Generator(),  # the global one belongs to the training
+    """What `reader` reads for each step of `loader`. Raises RunError if its processes cannot start or go on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+            batches = iter(
+                DataLoader(
+                    reader,
+                    sampler=loader.steps,
+                    batch_size=None,
+                    collate_fn=tuple,  # leaves arrays as they are
+                    num_workers=loader.workers,
+                    worker_init_fn=_leave_signals_to_the_parent,
+                    pin_memory=loader.device.type == "cuda",
+                    generator=torch.Generator(),  # the global one belongs to the training
+                )
             )
-        )
+        is_watched = loader.workers and current_thread() is main_thread() and hasattr(signal, "SIGCHLD")
+        yield from _watched(batches) if is_watched else batches
+    except RunError:
+        raise
+    except Exception as error:  # what a process that died in the middle of anything leaves
+        if not loader.workers:
+            raise
+        hint = f"memory or {_SHARED} may have run out: use fewer processes (-j), or none (-j 0)"
+        what = f"the processes that read images failed: {first_line(error).rstrip(' .')}"
+        raise RunError(f"{what}; {hint}") from error
+
+
+class _Watch:
+    """Calls torch's handler of SIGCHLD, which raises RuntimeError if a worker has died, only while a batch is waited
+    for: elsewhere it would interrupt anything, the writing of a file too."""
+
+    def __init__(self, handler):
+        self.handler, self.is_waiting = handler, False
+
+    def __call__(self, signum, frame):
+        if self.is_waiting:
+            self.handler(signum, frame)
+
+
+def _watched(batches):
+    watch = signal.getsignal(signal.SIGCHLD)
+    if not callable(watch):  # somebody has removed torch's
+        return (yield from batches)
+    if not isinstance(watch, _Watch):
+        watch = _Watch(watch)
+        signal.signal(signal.SIGCHLD, watch)
+    while True:
+        watch.is_waiting = True
+        try:
+            watch.handler(signal.SIGCHLD, None)  # one may have died since the last batch
+            batch = next(batches, None)
+        finally:
+            watch.is_waiting = False
+        if batch is None:
+            return None
+        yield batch
 
 
 def _leave_signals_to_the_parent(_):

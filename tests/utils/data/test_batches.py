@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tests.utils.data.test_datasets import COLOR, everything, explained, load
 from utils.data.batches import Normalization, generator, shares
 from utils.data.folders import draw_crop, random_part, resized
 from utils.data.memory import MemorySet, crop_and_flip
+from utils.errors import RunError
 
 
 @pytest.fixture
@@ -204,3 +206,37 @@ def test_workers_stop_only_when_their_parent_says_so(tmp_path):
     worker.terminate()
     worker.join(5)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_dies_ends_the_next_wait_with_a_line(tmp_path, signum):
+    images, is_busy = folder_set(tmp_path, 2, 200), False
+    with pytest.raises(RunError, match="-j") as error:
+        for step, _ in enumerate(images.loader(1, workers=2)):
+            is_busy = True
+            if not step:
+                os.kill(multiprocessing.active_children()[0].pid, signum)
+                time.sleep(0.3)  # whatever it does meanwhile is not interrupted
+            is_busy = False
+    assert not is_busy
+    assert "\n" not in str(error.value) and "/dev/shm" in str(error.value)
+
+
+def test_shared_memory_that_is_full_is_done_without(tmp_path, monkeypatch, caplog):
+    images = folder_set(tmp_path, 2, 6)
+    alone = everything(images)
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # in the workers, which are forked
+    for _ in range(2):
+        assert equal(alone, everything(images, workers=2))
+    assert ["/dev/shm" in text and "-j" in text for text in caplog.messages] == [True]
+
+
+def test_workers_that_cannot_start_are_explained_in_a_line(tmp_path, monkeypatch):
+    images = folder_set(tmp_path, 2, 6)
+    monkeypatch.setattr("os.fork", lambda: os.open("/nowhere/at/all", os.O_RDONLY))
+    with pytest.raises(RunError, match="No such file or directory.*-j 0"):
+        next(iter(images.loader(2, workers=2)))
