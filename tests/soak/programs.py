@@ -73,7 +73,7 @@ class Program:
         return self.status
 
     def kill(self, with_children=True):
-        for pid in [*(_children(self.process.pid) if with_children else ()), self.process.pid]:
+        for pid in [*(children(self.process.pid) if with_children else ()), self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.wait()
@@ -100,11 +100,11 @@ def _become(command, writer, setup):
     start(command[0], run_name="__main__")
 
 
-def _children(pid):
+def children(pid):
     """Process numbers of a process's children and theirs (Linux)."""
     with contextlib.suppress(OSError):
         tasks = "".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children"))
-        return [each for child in map(int, tasks.split()) for each in (child, *_children(child))]
+        return [each for child in map(int, tasks.split()) for each in (child, *children(child))]
     return []
 
 
