@@ -5,6 +5,11 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
+from utils import machine
+
+# isort: split
+os.environ.update(machine.for_threads())  # torch must find them
+
 import torch
 
 import models

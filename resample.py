@@ -4,11 +4,17 @@ Writes checkpoint_repeat{r}.pt, which `main_block.py --resume … --restart --fr
 accuracies.csv: the test accuracy after every layer (repeat, layers sampled, top-1, top-5 in percent).
 """
 
+import os
 import sys
 import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from utils import machine
+
+# isort: split
+os.environ.update(machine.for_threads())  # torch must find them
 
 import numpy as np
 import torch

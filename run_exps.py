@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from utils import machine
 from utils.errors import UserError, did_you_mean, run_main
 from utils.experiments import cluster, processes, registry, runner, status
 from utils.runs import options
@@ -135,7 +136,7 @@ def gpus():
     """Names of the GPUs as CUDA_VISIBLE_DEVICES takes them, without asking torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return tuple(filter(None, visible.split(",")))
+        return machine.gpus(visible)
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -148,7 +149,7 @@ def run(chosen, args):
     devices = gpus() if args.device in (None, "auto", "cuda") else ()
     is_small = args.scale == "laptop" and not devices
     is_warm = args.start == "warm" or not args.start and is_small and sys.platform == "linux"
-    jobs = args.jobs or (runner.cores() if is_small else max(1, len(devices)))
+    jobs = args.jobs or (machine.cores() if is_small else max(1, len(devices)))
     os.environ["OMP_NUM_THREADS"] = runner.threads_per_job(jobs)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))
 

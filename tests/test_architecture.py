@@ -9,7 +9,7 @@ from graphlib import TopologicalSorter
 from tests.conftest import ROOT
 
 LIBRARIES = ("rainbow", "models", "utils")
-GROUND = ("utils.errors", "utils.files", "utils.device", "utils.lock")
+GROUND = ("utils.errors", "utils.files", "utils.device", "utils.lock", "utils.machine")
 # What the modules under a name may import, the longest name deciding; scripts import any library, and nothing a script.
 ARROWS = {
     "rainbow": ("rainbow",),

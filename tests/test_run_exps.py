@@ -17,9 +17,10 @@ import time
 import pytest
 
 from tests.conftest import ROOT
+from utils import machine
 from utils.experiments import registry
 from utils.experiments.cluster import minutes
-from utils.experiments.runner import cores, longest_first
+from utils.experiments.runner import longest_first
 from utils.experiments.status import work
 from utils.lock import holder
 
@@ -115,7 +116,7 @@ def test_processes_share_the_cores_or_the_gpus(folder):
     names = (TRAINED.name, WHITE.name)
     run(folder, "--jobs", "2", "--name", *names, CUDA_VISIBLE_DEVICES="3,5", OMP_NUM_THREADS="", FAKE_SECONDS="0.1")
     descriptions = [written(folder, experiment, "args") for experiment in (TRAINED, WHITE)]
-    assert [each["threads"] for each in descriptions] == [str(max(1, cores() // 2))] * 2
+    assert [each["threads"] for each in descriptions] == [str(max(1, machine.cores() // 2))] * 2
     assert sorted(each["gpus"] for each in descriptions) == ["3", "5"]
 
 

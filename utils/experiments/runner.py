@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from utils import machine
 from utils.errors import DivergedError, StoppedError, UserError, WriteError
 from utils.experiments.status import duration, read_state, remaining, work
 
@@ -32,14 +33,9 @@ class Run:
     process: object = None
 
 
-def cores():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def threads_per_job(jobs):
     """Threads for each of `jobs` processes: OMP_NUM_THREADS if it is set, an equal share of the cores otherwise."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // jobs))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, machine.cores() // jobs))
 
 
 def longest_first(experiments):
