@@ -28,7 +28,7 @@ def parser():
     """The command line."""
     parser = Parser("run_exps.py", "Every experiment of the paper: list, print, run, follow, submit.", EXAMPLES)
     which = parser.add_argument_group("which (all conditions must hold; what the chosen ones need is run too)")
-    which.add_argument("--scale", default="paper", help="paper (default), or laptop: all of it, small, for two cores")
+    which.add_argument("--scale", default="paper", help=f"one of {', '.join(registry.SCALES)} (default: paper)")
     which.add_argument("--only", nargs="+", metavar="GROUP", help="experiments of these groups")
     which.add_argument("--figure", nargs="+", type=int, metavar="N", help="experiments of these figures of the paper")
     which.add_argument("--match", metavar="REGEX", help="experiments whose name matches somewhere")
@@ -49,8 +49,8 @@ def parser():
 
 
 def _add_running_options(how):
-    jobs = "processes at a time, which share the cores or GPUs (default: one per core at the laptop scale; one per GPU)"
-    start = "warm: fork a process that has imported torch (default at the laptop scale without GPU on Linux), or fresh"
+    jobs = "processes at a time, which share the cores or GPUs (default: one per core at small scales; one per GPU)"
+    start = "warm: fork a process that has imported torch (default at small scales without GPU on Linux), or fresh"
     data = os.environ.get("IMAGENET_DIR")
     how.add_argument("--jobs", type=to.positive_int, metavar="N", help=jobs)
     how.add_argument("--start", choices=("warm", "fresh"), help=start)
@@ -147,7 +147,7 @@ def gpus():
 def run(chosen, args):
     """Runs the experiments on this machine. Returns the exit status."""
     devices = gpus() if args.device in (None, "auto", "cuda") else ()
-    is_small = args.scale == "laptop" and not devices
+    is_small = args.scale in registry.SMALL and not devices
     is_warm = args.start == "warm" or not args.start and is_small and sys.platform == "linux"
     jobs = args.jobs or (machine.cores() if is_small else max(1, len(devices)))
     os.environ["OMP_NUM_THREADS"] = runner.threads_per_job(jobs)

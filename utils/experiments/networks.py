@@ -23,6 +23,7 @@ class Data:
 
 CIFAR10 = Data("cifar", ("--cifar10",), 3, 32, 10, 50_000, 10_000)
 IMAGENET1K = Data("imagenet", ("--data", IMAGENET), 3, 224, 1000, 1_281_167, 50_000)
+FASHION_MNIST = Data("fashion", ("--fashion-mnist", "--data-subset", "0:2000"), 1, 28, 10, 20_000, 10_000)
 DIGITS = Data("digits", ("--digits",), 1, 8, 10, 1297, 500)
 DIGITS32 = Data("digits32", ("--digits", "--resize-images", "32"), 1, 32, 10, 1297, 500)
 
