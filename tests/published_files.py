@@ -65,8 +65,8 @@ def accept(monkeypatch, reader, data_dir):
     monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": checksum(reader.meta["filename"])[1]})
 
 
-def write_mnist(data_dir, count=30):
-    folder = data_dir / "MNIST" / "raw"
+def write_mnist(data_dir, count=30, name="MNIST"):
+    folder = data_dir / name / "raw"
     folder.mkdir(parents=True)
     parts = []
     for i, name in enumerate(["train", "t10k"]):

@@ -1,9 +1,11 @@
 """The published data sets, read from their files: CIFAR and MNIST by torchvision, which also downloads them, the digits
 by scikit-learn. Both are slow to import, so that only those who need them wait."""
 
+import gzip
 import os
 import shutil
 import socket
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +22,11 @@ from utils.errors import UserError, as_user_error, first_line
 
 COLOR = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GRAY = Normalization((0.481,), (0.239,))
-MNIST = Normalization((0.1307,), (0.3081,))
+MNISTS = {  # torchvision's reader, and the mean and deviation of the training set's pixels
+    "mnist": ("MNIST", Normalization((0.1307,), (0.3081,))),
+    "fashion-mnist": ("FashionMNIST", Normalization((0.2860,), (0.3530,))),
+    "kmnist": ("KMNIST", Normalization((0.1918,), (0.3483,))),
+}
 PADDING = 4  # zero pixels around CIFAR's and ImageNet32's images before they are cropped
 _DIGITS_TRAIN = 1297
 _IMAGE_FILES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -46,35 +52,47 @@ def _cifar(args):
 
 
 def _mnist(args):
-    """MNIST."""
-    from torchvision.datasets import MNIST as Reader
+    """MNIST, Fashion-MNIST or KMNIST, from IDX files, gzipped or not."""
+    from torchvision import datasets
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    archives = [name for name, _ in Reader.resources]
-    folder = _downloaded(Path(args.data_dir), Reader, "MNIST", "MNIST/raw", Reader.mirrors[0], archives) / "raw"
+    name, normalization = MNISTS[args.dataset]
+    reader, inside = getattr(datasets, name), os.path.join(name, "raw")
+    archives = [archive for archive, _ in reader.resources]
+    folder = _downloaded(Path(args.data_dir), reader, name, inside, reader.mirrors[0], archives, inside) / "raw"
     sets = []
     for part in ("train", "t10k"):
         images = _idx(read_image_file, folder / f"{part}-images-idx3-ubyte")[..., None]
         path = folder / f"{part}-labels-idx1-ubyte"
         with as_user_error(f"{path}: "):
             labels = class_labels(_idx(read_label_file, path), len(images), 10)
-        sets.append(MemorySet(images, labels, 10, MNIST))
+        sets.append(MemorySet(images, labels, 10, normalization))
     return sets
 
 
 def _idx(read, path):
-    try:
-        return read(path)
-    except OSError:
-        raise
-    except Exception as error:  # the reader checks with assertions and answers foreign bytes with any exception
-        raise UserError(f"{path}: not a file of MNIST ({first_line(error)}); download it again") from None
+    """What a torchvision reader reads from a file, or from its gzipped form PATH.gz."""
+    packed = path.with_name(f"{path.name}.gz")
+    with TemporaryDirectory() as folder:
+        try:
+            if packed.is_file() and not path.exists():
+                plain, path = Path(folder) / path.name, packed
+                plain.write_bytes(gzip.decompress(packed.read_bytes()))
+                return read(plain)
+            return read(path)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: damaged ({first_line(error)}); download it again") from None
+        except OSError:
+            raise
+        except Exception as error:  # the reader checks with assertions and answers foreign bytes with any exception
+            raise UserError(f"{path}: not an IDX file ({first_line(error)}); download it again") from None
 
 
-def _downloaded(data_dir, reader, name, inside, url, archives):
+def _downloaded(data_dir, reader, name, inside, url, archives, place=""):
     """The folder `name` in `data_dir`; if there is none, `reader` downloads it beside its place, one process at a time.
 
     Archives that are already in `data_dir` are not downloaded; torchvision looks for them in the folder `inside`.
+    place: where in `data_dir` a user may put them.
     """
     folder = data_dir / name
     if folder.is_dir():
@@ -95,8 +113,8 @@ def _downloaded(data_dir, reader, name, inside, url, archives):
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"no data in {folder}, and the download failed ({reason}): get {', '.join(archives)} from {url} and put it "
-            f"into {data_dir}; --digits needs no files"
+            f"no data in {folder}, and the download failed ({reason}): put {', '.join(archives)} from {url} "
+            f"into {data_dir / place}; --digits needs no files"
         ) from None
     return folder
 
@@ -203,7 +221,7 @@ def _image_files(folder, classes):
 READERS = {  # of resolved arguments -> training and validation set
     "cifar10": _cifar,
     "cifar100": _cifar,
-    "mnist": _mnist,
+    **dict.fromkeys(MNISTS, _mnist),
     "digits": _digits,
     "imagenet": _imagenet,
     "imagenet32": _imagenet32,

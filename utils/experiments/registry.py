@@ -16,7 +16,17 @@ import hashlib
 import operator
 from types import SimpleNamespace
 
-from utils.experiments.networks import CIFAR10, DIGITS, DIGITS32, FASHION_MNIST, IMAGENET, IMAGENET1K, Recipe, ResNet, Scattering
+from utils.experiments.networks import (
+    CIFAR10,
+    DIGITS,
+    DIGITS32,
+    FASHION_MNIST,
+    IMAGENET,
+    IMAGENET1K,
+    Recipe,
+    ResNet,
+    Scattering,
+)
 from utils.experiments.published import load_published
 
 TRIAL_FLAGS = ("--epochs", "--data-subset", "--batch-size", "--lr")

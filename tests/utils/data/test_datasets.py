@@ -58,6 +58,13 @@ def check_set(images, expected, labels, normalize=COLOR):
     assert images.labels.tolist() == list(labels) and len(images) == len(labels)
 
 
+GREY = {  # reader, mean and deviation
+    "mnist": ("MNIST", (0.1307,), (0.3081,)),
+    "fashion-mnist": ("FashionMNIST", (0.2860,), (0.3530,)),
+    "kmnist": ("KMNIST", (0.1918,), (0.3483,)),
+}
+
+
 def explained(call, *parts):
     with pytest.raises(UserError) as error:
         call()
@@ -71,6 +78,8 @@ def write(tmp_path, monkeypatch):
     """`write(name)` writes files that pass for the published ones into `tmp_path`."""
 
     def write(name, *size):
+        if name in GREY:
+            return published_files.write_mnist(tmp_path, *size, name=GREY[name][0])
         parts = getattr(published_files, f"write_{name}")(tmp_path, *size)
         if name.startswith("cifar"):
             published_files.accept(monkeypatch, getattr(theirs, name.upper()), tmp_path)
@@ -86,14 +95,33 @@ def write(tmp_path, monkeypatch):
 def test_published_files_are_read(tmp_path, write, name):
     (images, labels), (test, test_labels) = write(name)
     first, ours = int(name == "imagenet32"), load(name, tmp_path)
-    normalize = transforms.Normalize((0.1307,), (0.3081,)) if name == "mnist" else COLOR
+    normalize = transforms.Normalize(*GREY[name][1:]) if name in GREY else COLOR
     check_set(ours.train, images, labels - first, normalize)
     check_set(ours.val, test, test_labels - first, normalize)
-    classes = {"cifar10": 10, "cifar100": 100, "mnist": 10, "imagenet32": 1000}[name]
+    classes = {"cifar100": 100, "imagenet32": 1000}.get(name, 10)
     assert (ours.num_classes, ours.name) == (classes, name)
-    assert str(ours.signal) == ("1 real channels of 28×28" if name == "mnist" else "3 real channels of 32×32")
+    assert str(ours.signal) == ("1 real channels of 28×28" if name in GREY else "3 real channels of 32×32")
     is_augmented = not torch.equal(everything(ours.train)[0], everything(ours.train, augment=True)[0])
-    assert is_augmented == (name != "mnist")
+    assert is_augmented == (name not in GREY)
+
+
+@pytest.mark.parametrize("name", GREY)
+def test_idx_files_may_be_gzipped(tmp_path, write, name):
+    (images, labels), _ = write(name)
+    folder = tmp_path / GREY[name][0] / "raw"
+    for file in folder.iterdir():
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    check_set(load(name, tmp_path).train, images, labels, transforms.Normalize(*GREY[name][1:]))
+    packed = folder / "train-images-idx3-ubyte.gz"
+    packed.write_bytes(packed.read_bytes()[:-100])
+    explained(lambda: load(name, tmp_path), packed, "download it again")
+
+
+def test_missing_fashion_mnist_names_its_four_files_and_their_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(theirs.FashionMNIST, "mirrors", ["file:///nowhere/"])
+    archives = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    explained(lambda: load("fashion-mnist", tmp_path), tmp_path / "FashionMNIST" / "raw", "download failed", *archives)
 
 
 def test_imagenet(tmp_path):
