@@ -12,6 +12,8 @@ import traceback
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # of a disk that takes no more
 
+DENIED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
 
 class RunError(Exception):
     """An end that is explained in one line; `exit_status` is the program's."""
@@ -99,15 +101,25 @@ def run_main(main, argv=None):
         complain(f"{prefix}: interrupted")
         status = 128 + signal.SIGINT
     except Exception as error:
-        status = WriteError.exit_status if getattr(error, "errno", None) in FULL else RunError.exit_status
-        text = f"{prefix}: error: {cause_of(error)}"
-        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", suffix=".log", delete=False) as file:
-            traceback.print_exc(file=file)
-            text += f"; the traceback is in {file.name}"
-        complain(text)
+        status, text = _explained(error)
+        complain(f"{prefix}: error: {text}")
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)
+
+
+def _explained(error):
+    """The status and the line for an error that nobody foresaw; its traceback goes to a file, unless a file is why."""
+    number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    if path is not None and number in FULL + DENIED:
+        is_write = number in FULL or not os.path.exists(path) or os.access(path, os.R_OK)
+        text = f"could not {'write' if is_write else 'read'} {path}: {error.strerror}"
+        return (WriteError if is_write else UserError).exit_status, text
+    text = cause_of(error)
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", suffix=".log", delete=False) as file:
+        traceback.print_exception(error, file=file)
+        text += f"; the traceback is in {file.name}"
+    return (WriteError if number in FULL else RunError).exit_status, text
 
 
 class _Stream(io.TextIOWrapper):

@@ -58,7 +58,7 @@ def write_json(path, value):
 def read_json(path, default=None):
     """The JSON object in a file. Raises UserError, or returns `default`, where it is missing or is not one."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it should hold a JSON object")
     except (OSError, ValueError) as error:

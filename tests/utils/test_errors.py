@@ -49,6 +49,24 @@ run_main(main)
 """
 
 
+FILES = """
+import sys
+from pathlib import Path
+from utils.errors import run_main
+
+run_main(lambda argv: Path(sys.argv[1]).mkdir(parents=True) or Path(sys.argv[1], "a").write_text("") or 0)
+"""
+
+
+@pytest.mark.parametrize("inside", ["file/folder", "file"])
+def test_what_cannot_be_written_is_named_with_status_4_wherever_it_happens(tmp_path, inside):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-c", FILES, str(tmp_path / inside)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 4 and ended.stderr.count("\n") == 1
+    assert f"could not write {tmp_path}/file" in ended.stderr
+
+
 def test_a_reader_that_goes_changes_nothing():
     process = subprocess.Popen(
         [sys.executable, "-c", CHATTER], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -86,7 +104,7 @@ def test_an_error_names_the_program_as_it_was_called():
         ('KeyError("x")', "KeyError: 'x'", 1),
         ('ValueError("one\\n  two\\n\\nthree")', "ValueError: one two", 1),
         ("AssertionError()", "AssertionError", 1),
-        ('OSError(28, "No space left on device", "f")', "OSError: [Errno 28] No space left on device: 'f'", 4),
+        ('OSError(28, "No space left on device")', "OSError: [Errno 28] No space left on device", 4),
     ],
 )
 def test_an_error_that_nobody_explains_is_one_line_and_its_traceback_a_file(error, line, status):
