@@ -71,7 +71,7 @@ def select(args):
     """
     listed = all_experiments(args)
     names = [(here.name, there.name) for here, there in zip(listed, registry.experiments(args.scale))]
-    every = [name for pair in names for name in pair]
+    every = list(dict.fromkeys(name for pair in names for name in pair))
     known = {"only": registry.groups(args.scale), "figure": registry.figures(args.scale), "name": every}
     for flag, values in known.items():
         for value in getattr(args, flag) or ():

@@ -83,6 +83,9 @@ def run_main(main, argv=None):
     A disk that takes no more lines, or a reader that has gone, does not change the status; nor do closed streams, and
     characters that they cannot show.
     """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed streams, whose numbers files would take
+        pass
+    os.close(number)
     program = _program()
     rank = os.environ.get("RANK", "0")
     prefix = program if rank == "0" else f"{program} (rank {rank})"

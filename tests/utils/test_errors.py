@@ -1,6 +1,7 @@
 """How a program ends, even if its last words cannot be written."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,14 @@ def test_closed_streams_change_nothing():
     for closed in (">&-", "2>&-", "<&-", ">&- 2>&- <&-"):
         command = f"{sys.executable} run_exps.py --scale laptop --print {closed}"
         assert subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, check=False).returncode == 0
+
+
+def test_files_do_not_take_the_numbers_of_closed_streams(tmp_path):
+    program = (
+        "import sys; from utils.errors import run_main; run_main(lambda argv: open(sys.argv[1], 'w').fileno() < 3)"
+    )
+    command = f"{sys.executable} -c {shlex.quote(program)} {tmp_path / 'a'} <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=ROOT, check=False).returncode == 0
 
 
 def test_an_error_names_the_program_as_it_was_called():
