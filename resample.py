@@ -32,7 +32,7 @@ from utils.device import describe_device, pick_device
 from utils.errors import UserError, as_user_error, did_you_mean, run_main
 from utils.files import read_json
 from utils.runs import options, samples, session
-from utils.runs.checkpoints import checkpoint_of, save
+from utils.runs.checkpoints import checkpoint_of, load, save
 from utils.runs.folder import RunFolder
 from utils.runs.log import RunLog
 from utils.runs.networks import load_network, network_config
@@ -82,7 +82,7 @@ def sample(args, argv):
 def find_experiment(args):
     """The run to sample from. Raises UserError if it does not exist, or is not finished and no epoch is chosen."""
     source = RunFolder(args.checkpoints, args.experiment)
-    if not (source.path / "args.json").is_file():
+    if options.TRAINING.program not in source.programs():
         root = Path(args.checkpoints)
         names = sorted(path.parent.relative_to(root).as_posix() for path in root.glob("**/args.json"))
         raise UserError(f"--experiment {args.experiment}: no such run in {root}{did_you_mean(args.experiment, names)}")
@@ -168,7 +168,16 @@ def known_rows(folder, args, source):
     if before.get("source") != source:
         return None
     rows = samples.read_rows(folder.path)
-    return [row for row in rows if (folder.path / f"checkpoint_repeat{row['repeat']}.pt").exists()]
+    whole = {each for each in {row["repeat"] for row in rows} if is_whole(folder.file(f"checkpoint_repeat{each}"))}
+    return [row for row in rows if row["repeat"] in whole]
+
+
+def is_whole(path):
+    """Whether a file is an undamaged checkpoint."""
+    try:
+        return bool(load(path))
+    except UserError:
+        return False
 
 
 def start_over(folder, log, args):

@@ -144,6 +144,13 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(root, sampled, monkeypat
     assert contents(root / moment) == contents(sampled / "resample-width1")
 
 
+def test_a_damaged_sample_is_sampled_again(root, sampled):
+    run(root, "width1", "--num-repeats", 3, "--dir", "damaged")
+    os.truncate(root / "damaged" / "checkpoint_repeat1.pt", 500)
+    run(root, "width1", "--num-repeats", 3, "--dir", "damaged")
+    assert sorted(contents(root / "damaged")[1]) == sorted(contents(sampled / "resample-width1")[1])
+
+
 def test_a_killed_process_leaves_what_the_next_one_finishes(root, sampled):
     argv = arguments(root, "width1", "--num-repeats", 3, "--dir", "killed")
     with Program(["resample.py", *argv]) as program:
@@ -202,6 +209,7 @@ def test_refusals_leave_nothing(root, more, message):
     "change, message",
     [
         ({"status": {"state": "stopped", "epoch": 4}}, r"not finished \(epoch 4 of 6, stopped\)"),
+        ({"status": {"acc1": "90"}}, "status.json: acc1 is '90', not a number"),
         ({"status": {"acc1": 40.0}}, "accuracy differs from training time .40.00 %, now"),
         ({"args": {"resize_images": 16}}, "was trained on 1 real channels of 8×8 and 10"),
         (

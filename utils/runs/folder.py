@@ -48,11 +48,18 @@ class RunFolder:
             kind = UserError if is_path else WriteError
             raise kind(f"{self.path}: cannot be written ({error.strerror})") from error
 
+    def programs(self):
+        """The programs that have worked here, by what they leave."""
+        stored = read_json(self.path / "args.json", default={}).get("args")
+        for program, (argument, names) in _TRACES.items():
+            is_described = isinstance(stored, dict) and argument in stored
+            if is_described or any(any(self.path.glob(name)) for name in names):
+                yield program
+
     def refuse_work_of_others(self, program):
-        """Raises UserError if the folder holds what another program than `program` has left."""
-        stored = read_json(self.path / "args.json", default={}).get("args") or ()
-        for other, (argument, names) in _TRACES.items():
-            if other != program and (argument in stored or any(any(self.path.glob(name)) for name in names)):
+        """Raises UserError if another program than `program` has worked here."""
+        for other in self.programs():
+            if other != program:
                 raise UserError(f"{self.path} holds the work of {other}: give another --dir")
 
     def is_started(self):
@@ -80,7 +87,11 @@ class RunFolder:
     def status(self):
         """status.json as a dict, {} for a run that has not begun. Raises UserError if it cannot be read."""
         path = self.path / "status.json"
-        return read_json(path) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
+        for key in ("epoch", "epochs", "acc1", "best_acc1"):
+            if not isinstance(found.get(key), (int, float, type(None))):
+                raise UserError(f"{path}: {key} is {found[key]!r}, not a number")
+        return found
 
     def checkpoint(self, epoch=None, repair=False):
         """The checkpoint of `epoch` (see `file`); for a damaged last one that before, with a warning on stderr.

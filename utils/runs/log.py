@@ -9,7 +9,7 @@ import time
 from tqdm import tqdm
 
 from utils.errors import UserError, WriteError
-from utils.files import write_csv, write_json, writing
+from utils.files import read_json, write_csv, write_json, writing
 
 COLUMNS = "epoch train_loss train_acc1 train_acc5 val_loss val_acc1 val_acc5 lr images_per_second".split()
 
@@ -77,9 +77,10 @@ class RunLog:
 
         What another process of this run has noted `since` it began stays. Returns the message that stands there.
         """
-        with contextlib.suppress(UserError, WriteError):
-            known = self.folder.status()
-            if known.get("state") in ("failed", "stopped") and known.get("updated", 0) >= since:
+        with contextlib.suppress(WriteError):
+            known = read_json(self.folder.path / "status.json", default={})
+            is_new = isinstance(known.get("updated"), float) and known["updated"] >= since
+            if is_new and known.get("state") in ("failed", "stopped"):
                 return known.get("message") or message
             self.status(state, *map(known.get, ("epoch", "epochs", "acc1", "best_acc1")), message)
         return message
