@@ -5,10 +5,12 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
-from utils import machine
+from utils import errors, machine
 
 # isort: split
 os.environ.update(machine.for_threads())  # torch must find them
+if __name__ == "__main__":
+    errors.end_at_interrupts()
 
 import torch
 

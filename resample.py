@@ -11,10 +11,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from utils import machine
+from utils import errors, machine
 
 # isort: split
 os.environ.update(machine.for_threads())  # torch must find them
+if __name__ == "__main__":
+    errors.end_at_interrupts()
 
 import numpy as np
 import torch

@@ -287,6 +287,15 @@ def test_a_request_is_obeyed_while_data_are_waited_for(monkeypatch):
     assert is_same(train("norm", "run", "--epochs", "1"), whole)
 
 
+@pytest.mark.parametrize("program", ["main_block.py", "resample.py", "-m utils.figures"])
+def test_ctrl_c_while_a_program_imports_ends_it_without_a_word(program):
+    argv = [sys.executable, *program.split(), "--help"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text() or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=60)[0], process.returncode) == ("", -signal.SIGINT)
+
+
 def test_a_request_before_there_is_anything_to_save_ends_the_program(monkeypatch):
     monkeypatch.setattr(main_block, "load_datasets", lambda args: os.kill(os.getpid(), signal.SIGHUP))
     with pytest.raises(StoppedError, match="stopped by SIGHUP; rerun the same command") as stopped:

@@ -77,12 +77,20 @@ def cause_of(error):
     return f"{type(error).__name__}: {text[:400]}".removesuffix(": ")
 
 
+def end_at_interrupts():
+    """Ends the program at Ctrl-C without a word, while it imports: there is nothing to save. Until `run_main`."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_main(main, argv=None):
     """Runs `main(argv)` and exits; any error becomes one line, the traceback of one that is not explained a file.
 
     A disk that takes no more lines, or a reader that has gone, does not change the status; nor do closed streams, and
     characters that they cannot show.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed streams, whose numbers files would take
         pass
     os.close(number)
@@ -130,8 +138,12 @@ class _Stream(io.TextIOWrapper):
 
     def __init__(self, stream):
         how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-        encoding = stream.encoding
-        super().__init__(stream.detach(), encoding, errors="backslashreplace", **how)
+        encoding, number, buffer = stream.encoding, stream.fileno(), stream.detach()
+        try:
+            super().__init__(buffer, encoding, errors="backslashreplace", **how)
+        except OSError:  # a file that has become a pipe, in a fork
+            buffer = open(number, "wb", closefd=False)  # noqa: SIM115
+            super().__init__(buffer, encoding, errors="backslashreplace", **how)
 
     def write(self, text):
         return self._despite(lambda: super(_Stream, self).write(text)) or 0
