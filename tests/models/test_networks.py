@@ -12,6 +12,7 @@ from models.config import BlockConfig, ScatNetConfig, StandardConfig
 from models.names import FRAME_NON_LINEARITIES
 from models.nonlinearity import NonLinearity
 from models.signal import Signal, output_size, padding_indices
+from tests.rounding import assert_values
 
 RGB = Signal(3, 32, 32)
 STEPS = [False, True] * 5  # subsampling by the blocks of factorised octaves
@@ -185,7 +186,8 @@ def test_a_frame_has_the_threshold_of_its_atoms(name):
     frame = frame_network(**options).blocks[0].body.FrhoF
     x, F = torch.randn(2, 30, 4, 4), frame.frame
     expected = torch.einsum("ac,bamn->bcmn", F, FRAMES[name](torch.einsum("ac,bcmn->bamn", F, x), 0.7 / 50**0.5, 0.3))
-    torch.testing.assert_close(frame(x), expected, atol=1e-5, rtol=1e-5)
+    steps = 40 if "sig" in name or name in ("gate", "triang") else 2  # divided by δ, or with jumps
+    assert_values(frame(x), expected, 50, steps)
     assert F.abs().max() <= 30**-0.5  # a convolution's weights
 
 
@@ -235,7 +237,7 @@ def test_the_classifier_averages_over_windows_or_is_the_identity():
     x = torch.randn(2, 10, 16, 16)
     means = torch.stack([x[:, :, i : i + 14, j : j + 14] for i in range(3) for j in range(3)]).mean(0)
     expected = windows.classifier.linear(windows.classifier.bn(means).flatten(1))
-    torch.testing.assert_close(windows.classifier(x), expected, atol=1e-5, rtol=1e-5)
+    assert_values(windows.classifier(x), expected, 10 * 14 * 14, 2)
     identity = build(ScatNetConfig(RGB, 10, (block,), identity_classifier=True, average_pooling=True)).eval()
     images = torch.randn(2, 3, 32, 32)
     features = identity.classifier.bn(identity.blocks[0](images)).mean((2, 3))
