@@ -90,9 +90,9 @@ def _become(command, writer, setup):
     """Runs the script or module `command` as the main program of this process."""
     os.setsid()
     os.chdir(ROOT)
-    for stream in (1, 2):
-        os.dup2(writer.fileno(), stream)
-    sys.stdout.reconfigure(line_buffering=True)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(writer.fileno(), number)
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
     sys.argv, sys.path[0] = command, str(ROOT)
     if setup:
         setup()

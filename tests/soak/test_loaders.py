@@ -73,7 +73,7 @@ def with_shared_memory(size, command):
 @pytest.mark.parametrize("size, words", [("4k", "-j 0"), ("64k", "/dev/shm"), ("256k", "/dev/shm"), ("1g", "")])
 def test_little_shared_memory_is_done_without_or_explained(size, words, images, whole, tmp_path, record_property):
     ended = with_shared_memory(size, [sys.executable, *on_files(images, tmp_path)])
-    lines = ended.stderr.splitlines()
+    lines = set(ended.stderr.splitlines())  # both data sets say it
     assert "Traceback" not in ended.stderr and words in " ".join(lines) and len(lines) <= 1, ended.stderr
     assert ended.returncode == (size == "4k"), ended.stderr
     if size == "4k":

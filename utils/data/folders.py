@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import warnings
@@ -156,6 +157,8 @@ class _Reader(Dataset):
 def _read(reader, loader):
     """What `reader` reads for each step of `loader`. Raises RunError if its processes cannot start or go on."""
     try:
+        if loader.workers:  # more than torch needs: it ends untidily if there are none left in /dev/shm
+            [multiprocessing.Queue() for _ in range(loader.workers + 3)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
             batches = iter(
